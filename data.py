@@ -1,0 +1,784 @@
+"""People and their pictures: readers for MPII and COCO, drawn people, crops, targets, drawings.
+
+    python data.py --dataset mpii --data data/mpii --split train --show samples.png
+    python data.py --dataset mpii --data data/mpii --time          # samples per second
+
+The protocol is that of SimpleBaseline and HRNet, whose numbers are published. Everything random
+is a function of (seed, epoch, person), so that a run can be repeated and resumed exactly, whatever
+the number of loader processes.
+
+Coordinates, everywhere: x to the right, y down, in pixels, 0-based, whole numbers are the centres
+of pixels. A person's box is (center, scale): `center` its middle in pixels of the picture, `scale`
+its width / 200, a quarter of margin included. Sizes are (height, width), as in torch.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from lapx import MEAN, SKELETONS, STD, STRIDE, InputError, heatmap_size
+
+PADDING = 1.25  # the boxes of both data sets are enlarged by this
+FETCH = {  # where the files come from, for the message when they are not there
+    "mpii": "pictures: https://datasets.d2.mpi-inf.mpg.de/andriluka14cvpr/mpii_human_pose_v1.tar.gz"
+            "\nannotations: https://download.openmmlab.com/mmpose/datasets/mpii_annotations.tar",
+    "coco": "pictures: http://images.cocodataset.org/zips/{split}.zip\nannotations: "
+            "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+}
+
+
+@dataclass
+class People:
+    """The N persons of a split: arrays with a row each, which loader processes share.
+
+    A hundred thousand small Python objects would be copied into every process page by page, as
+    counting references writes to them; an array is not written to.
+    """
+
+    folder: Path  # of the pictures
+    files: np.ndarray  # (N,) bytes, the picture's file below the folder; drawn people: b""
+    image_id: np.ndarray  # (N,) int64; the figure's number for drawn people
+    center: np.ndarray  # (N,2) float64, pixels of the picture
+    scale: np.ndarray  # (N,) float64, width of the padded box / 200
+    joints: np.ndarray  # (N,K,2) float32, pixels of the picture
+    visible: np.ndarray  # (N,K) bool: annotated, be it occluded (both data sets train on those)
+    score: np.ndarray  # (N,) float64, of the detected box; 1 for annotated ones
+    seed: int | None = None  # of drawn people
+
+    def __len__(self):
+        return len(self.files)
+
+    def rows(self, which):
+        """The People of some rows (a slice or indices)."""
+        return replace(self, **{field.name: getattr(self, field.name)[which]
+                                for field in fields(self)
+                                if isinstance(getattr(self, field.name), np.ndarray)})
+
+    def path(self, row):
+        return self.folder / os.fsdecode(self.files[row])
+
+    def picture(self, row, reduction=1):
+        """Person row's picture and its reduction, as open_picture returns them."""
+        if self.seed is not None:
+            return draw_person(self.seed, int(self.image_id[row]))[1], 1
+        return open_picture(self.path(row), reduction)
+
+
+# ---------------------------------------------------------------------------- geometry
+
+def affine(center, scale, size, rotation=0.0, flip=False):
+    """The one map of this project, from a picture to a crop of a box: a 2x3 matrix M with
+    (u, v) = M (x, y, 1); both frames have whole numbers at pixel centres.
+
+    center, scale: the box. size: (height, width) of the crop. rotation: degrees, positive turns the
+    box clockwise and so the person counter-clockwise. flip: mirrored left to right.
+    The centre comes to (width/2, height/2); the box's width fills the crop's width, and the same
+    factor holds for y (SimpleBaseline: the box's height is never looked at).
+    """
+    height, width = size
+    cos, sin = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
+    linear = width / (200.0 * scale) * np.array([[cos, sin], [-sin, cos]])
+    if flip:  # mirrored about the centre: the same crop as that of the mirrored picture
+        linear[:, 0] *= -1
+    return np.column_stack([linear, np.array([width / 2, height / 2]) - linear @ center])
+
+
+def invert(matrix):
+    """The inverse of an affine 2x3 matrix, 2x3."""
+    linear = np.linalg.inv(matrix[:, :2])
+    return np.column_stack([linear, -linear @ matrix[:, 2]])
+
+
+def transform(points, matrix):
+    """Points (...,2) through an affine 2x3 matrix, or through N of them (N,2,3) row by row."""
+    return (np.einsum("...kj,...ij->...ki", points, matrix[..., :2]) + matrix[..., None, :, 2])
+
+
+def box_to_center_scale(boxes, size):
+    """Boxes (N,4) as x, y, width, height -> centers (N,2), scales (N,).
+
+    The box is widened to the shape of the crop, size (height, width), then padded.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    width = np.maximum(boxes[:, 2], boxes[:, 3] * size[1] / size[0])
+    return boxes[:, :2] + boxes[:, 2:] / 2, width / 200 * PADDING
+
+
+def crop(picture, matrix, size, reduction=1):
+    """The crop (height, width) of a Pillow picture, bilinear, black outside: (H,W,3) uint8.
+
+    matrix: from the full picture to the crop. reduction: by how much the picture at hand is smaller.
+    Pillow's AFFINE maps the crop to the picture and puts pixel centres at i + 0.5, hence the half
+    pixels. OpenCV's warpAffine, which the published numbers used, rounds where Pillow truncates
+    (half a grey level) and blends into the black outside; the picture is cut to the part needed
+    with a ring of black around, so that Pillow does the latter too.
+    """
+    height, width = size
+    inverse = invert(matrix)
+    inverse[:, 2] += 0.5 * (1 - inverse[:, 0] - inverse[:, 1])
+    inverse /= reduction
+    corners = transform(np.array([[0, 0], [width, 0], [0, height], [width, height]]), inverse)
+    low = np.maximum(np.floor(corners.min(0)) - 1, -1)
+    high = np.minimum(np.ceil(corners.max(0)) + 1, np.array(picture.size) + 1)
+    if (low >= high).any():
+        return np.zeros((height, width, 3), np.uint8)
+    part = picture.crop((*low.astype(int), *high.astype(int)))
+    inverse[:, 2] -= low
+    part = part if part.mode == "RGB" else part.convert("RGB")
+    return np.array(part.transform((width, height), Image.Transform.AFFINE,
+                                   tuple(inverse.ravel()), Image.Resampling.BILINEAR))
+
+
+def open_picture(path, reduction=1, upright=False):
+    """A picture from a file, decoded: (Pillow image in RGB or greyscale, the reduction made).
+
+    reduction: how much smaller the picture may be; JPEGs are decoded at 1/2, 1/4 or 1/8, which
+    saves time, everything else is not reduced. upright: turn it as its EXIF orientation says; data
+    sets annotate the pixels as they are stored. InputError if it is missing or can't be decoded.
+    """
+    try:
+        with Image.open(path) as picture:
+            full_width = picture.width
+            if reduction >= 2:
+                steps = 2 ** min(3, int(math.log2(reduction)))
+                picture.draft("RGB", (picture.width // steps, picture.height // steps))
+            if picture.mode in ("RGB", "L"):
+                picture.load()
+            elif picture.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip
+                picture = picture.point(lambda value: value / 256).convert("L")
+            else:  # palette, alpha, CMYK and what else there is
+                picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
+                picture = picture.convert("RGB")
+            reduction = round(full_width / picture.width)
+            return (ImageOps.exif_transpose(picture) if upright else picture), reduction
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such picture") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: the picture can't be decoded ({error}); fetch it again, or take "
+                         "its entry out of the annotations") from None
+
+
+# ---------------------------------------------------------------------------- readers
+
+def read_json(path, object_hook=None):
+    """A parsed JSON file; InputError if it is missing or broken."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_hook=object_hook)
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror})") from None
+
+
+def find_file(root, names, dataset, split):
+    """The first of some files below root that exists; InputError naming all and where to get them."""
+    for name in names:
+        if (Path(root) / name).is_file():
+            return Path(root) / name
+    raise InputError(f"no annotations of {dataset} split {split!r}: neither of\n  "
+                     + "\n  ".join(str(Path(root) / name) for name in names)
+                     + f"\nexists.\n{FETCH[dataset].format(split=split)}")
+
+
+def mpii_files(split):
+    """MPII's (json, mat) of a split below the data folder, as HRNet names them, then as mmpose."""
+    other = {"valid": "val"}.get(split, split)
+    return (f"annot/{split}.json", f"annot/gt_{split}.mat",
+            f"annotations/mpii_{other}.json", f"annotations/mpii_gt_{other}.mat")
+
+
+def read_mpii(root, split, size=None, skeleton=SKELETONS["mpii"]):
+    """The People of MPII's annot/{split}.json. Splits: train, valid, trainval, test (no joints)."""
+    path = find_file(root, mpii_files(split)[::2], "mpii", split)
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path} is not a list of persons")
+    return mpii_people(entries, path, Path(root) / "images", len(skeleton.joints))
+
+
+def mpii_people(entries, source, folder, num_joints):
+    """MPII's JSON entries -> People. source names them in errors.
+
+    An entry has the centre, scale and joints with 1-based pixels, scale = body height / 200. The
+    adjustments are SimpleBaseline's: the centre goes down by 15 * scale (the annotated centre is
+    the torso's, too high for the whole person), then the box is padded, then everything 0-based.
+    joints_vis is 1 where a joint is annotated, occluded or not.
+    """
+    center, scale, joints, visible = [], [], [], []
+    for number, entry in enumerate(entries):
+        try:
+            center.append([float(value) for value in entry["center"]])
+            scale.append(float(entry["scale"]))
+            joints.append(entry.get("joints", [[0, 0]] * num_joints))
+            visible.append(entry.get("joints_vis", [0] * num_joints))
+            ok = (isinstance(entry["image"], str) and len(center[-1]) == 2
+                  and np.shape(joints[-1]) == (num_joints, 2)
+                  and np.shape(visible[-1]) == (num_joints,) and scale[-1] > 0
+                  and np.isfinite([*center[-1], scale[-1], *np.ravel(joints[-1])]).all())
+        except (KeyError, TypeError, ValueError):
+            ok = False
+        if not ok:
+            raise InputError(f"{source}: person {number} (from 0) must have image, center [x, y], "
+                             f"scale > 0, {num_joints} joints [x, y] and {num_joints} joints_vis, "
+                             f"but is {json.dumps(entry)[:200]}")
+    center, scale = np.array(center), np.array(scale)
+    center[:, 1] += np.where(center[:, 0] != -1, 15 * scale, 0)
+    scale *= np.where(center[:, 0] != -1, PADDING, 1)
+    names = [os.fsencode(entry["image"]) for entry in entries]
+    return People(Path(folder), np.array(names), np.arange(len(entries)), center - 1, scale,
+                  (np.array(joints) - 1).astype(np.float32), np.array(visible) > 0,
+                  np.ones(len(entries)))
+
+
+def coco_image_folder(root, split):
+    """Where a split's pictures lie: images/val2017 or val2017 (test-dev2017's in test2017)."""
+    name = split.replace("-dev", "")
+    folder = Path(root) / "images" / name
+    return folder if folder.is_dir() or not (Path(root) / name).is_dir() else Path(root) / name
+
+
+def read_coco_json(path):
+    """COCO's annotation file, without the outlines, which take most of its memory."""
+    def without_outline(item):
+        item.pop("segmentation", None)
+        return item
+
+    content = read_json(path, without_outline)
+    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
+        raise InputError(f"{path} is not a COCO annotation file: it has no list of images")
+    return content
+
+
+def person_category(content):
+    """The id of the category whose annotations have keypoints; COCO's person is 1."""
+    ids = [category["id"] for category in content.get("categories", []) if "keypoints" in category]
+    return ids[0] if ids else 1
+
+
+def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"]):
+    """The People of COCO's annotations/person_keypoints_{split}.json with a labelled joint.
+
+    size: (height, width) of the crops, whose shape the boxes take. As in HRNet, an ordinary box
+    loses one pixel of width and height when it is clipped to the picture, and joints that are
+    labelled but occluded count like all others.
+    """
+    path = find_file(root, [f"annotations/person_keypoints_{split}.json"], "coco", split)
+    content = read_coco_json(path)
+    category, K = person_category(content), len(skeleton.joints)
+    order = {image["id"]: number for number, image in enumerate(content["images"])}
+    rows, boxes, keypoints = [], [], []
+    for annotation in content.get("annotations", []):
+        try:
+            points = annotation["keypoints"]
+            if annotation.get("iscrowd") or annotation["category_id"] != category or not any(points):
+                continue
+            row = order[annotation["image_id"]]
+            image = content["images"][row]
+            x, y, w, h = annotation["bbox"]
+            left, top = max(0, x), max(0, y)
+            right = min(image["width"] - 1, left + max(0, w - 1))
+            bottom = min(image["height"] - 1, top + max(0, h - 1))
+            if len(points) != 3 * K or not math.isfinite(sum(points) + x + y + w + h):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: an annotation must have category_id, a known image_id, bbox "
+                             f"[x, y, w, h] and {3 * K} numbers as keypoints, but one is "
+                             f"{json.dumps(annotation)[:200]}") from None
+        if annotation.get("area", 1) > 0 and right >= left and bottom >= top:
+            rows.append(row)
+            boxes.append((left, top, right - left, bottom - top))
+            keypoints.extend(points)
+    if not rows:
+        raise InputError(f"{path} has no person with a labelled joint")
+    by_image = np.argsort(rows, kind="stable")  # in the order of the list of images
+    keypoints = np.array(keypoints, np.float32).reshape(-1, K, 3)[by_image]
+    images = [content["images"][row] for row in np.array(rows)[by_image]]
+    center, scale = box_to_center_scale(np.array(boxes)[by_image], size)
+    return People(coco_image_folder(root, split),
+                  np.array([os.fsencode(image["file_name"]) for image in images]),
+                  np.array([image["id"] for image in images]), center, scale,
+                  keypoints[..., :2].copy(), keypoints[..., 2] > 0, np.ones(len(rows)))
+
+
+def read_boxes(path, images, folder, size, num_joints):
+    """Detected boxes -> People without joints, in the file's order.
+
+    path: a JSON list of {image_id, category_id 1, bbox [x, y, w, h], score}. images: COCO's list of
+    images. The boxes are neither clipped nor shortened (as HRNet does); boxes of pictures that are
+    not in the list are left out.
+    """
+    names = {image["id"]: image["file_name"] for image in images}
+    entries = read_json(path)
+    try:
+        entries = [entry for entry in entries
+                   if entry["category_id"] == 1 and entry["image_id"] in names]
+        boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+        score = np.array([entry["score"] for entry in entries], np.float64)
+        good = np.isfinite(boxes).all() and np.isfinite(score).all() and (boxes[:, 2:] > 0).all()
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise InputError(f"{path} must be a list of {{image_id, category_id, bbox [x, y, w, h], "
+                         "score}} with finite numbers and boxes of some size")
+    if not entries:
+        raise InputError(f"{path} has no box of a person in any of the {len(names)} pictures")
+    N, (center, scale) = len(entries), box_to_center_scale(boxes, size)
+    ids = [entry["image_id"] for entry in entries]
+    return People(Path(folder), np.array([os.fsencode(names[i]) for i in ids]), np.array(ids),
+                  center, scale, np.zeros((N, num_joints, 2), np.float32),
+                  np.zeros((N, num_joints), bool), score)
+
+
+def check_pictures(people, dataset, split):
+    """Looks at every picture before a run starts: it must be there and have a readable header.
+
+    InputError lists the first few that are not, their count and where to fetch them.
+    """
+    if people.seed is not None:
+        return
+
+    def problem(name):
+        path = people.folder / os.fsdecode(name)
+        try:
+            with Image.open(path):
+                return None
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"{path} is not a readable picture ({error})"
+
+    names = np.unique(people.files)
+    with ThreadPoolExecutor(8) as pool:
+        problems = [text for text in pool.map(problem, names) if text]
+    if problems:
+        raise InputError(f"{len(problems)} of the {len(names)} pictures of {dataset} split {split!r} "
+                         "can't be used:\n  " + "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5))
+                         + f"\n{FETCH[dataset].format(split=split)}")
+
+
+# ---------------------------------------------------------------------------- drawn people
+
+def draw_person(seed, number):
+    """A drawn person: (an entry as in MPII's JSON, the picture). The same for the same arguments.
+
+    An articulated figure that faces us, in one of many poses, sizes and clothes, before a cluttered
+    background, with things in front of it now and then, and parts of it outside the picture.
+    """
+    rng = np.random.default_rng((seed, number))
+    uniform, chance = rng.uniform, lambda probability: rng.random() < probability
+    width, height = rng.integers(160, 321, 2)
+
+    # The pose, in head lengths, around the pelvis. Angles in radians from straight down; side -1 is
+    # the person's right, which we see on the left.
+    def step(angle, length):
+        return length * np.array([math.sin(angle), math.cos(angle)])
+
+    lean = rng.normal(0, 0.2) + (uniform(-1.5, 1.5) if chance(0.1) else 0)
+    across = np.array([math.cos(lean), -math.sin(lean)]) * uniform(0.6, 1)
+    pelvis = np.zeros(2)
+    thorax = pelvis - step(lean, 2.4)
+    neck = thorax - step(lean, 0.4)
+    head = neck - step(lean + rng.normal(0, 0.2), 1)
+    joints = [None] * 16  # MPII's order
+    joints[6:10] = pelvis, thorax, neck, head
+    sitting = uniform(0.4, 0.8) if chance(0.2) else 1  # thighs towards us look shorter
+    for side, hip_knee_ankle, shoulder_elbow_wrist in ((-1, (2, 1, 0), (12, 11, 10)),
+                                                       (1, (3, 4, 5), (13, 14, 15))):
+        hip, shoulder = pelvis + side * 0.5 * across, thorax + side * 0.85 * across
+        thigh, arm = lean + side * uniform(-0.2, 0.8), lean + side * uniform(-0.2, 2.8)
+        knee = hip + step(thigh, 1.8 * uniform(0.85, 1) * sitting)
+        ankle = knee + step(thigh - side * uniform(-0.1, 0.9), 1.7 * uniform(0.85, 1))
+        elbow = shoulder + step(arm, 1.4 * uniform(0.75, 1))
+        wrist = elbow + step(arm + side * uniform(-1, 2), 1.2 * uniform(0.75, 1))
+        for index, joint in zip(hip_knee_ankle + shoulder_elbow_wrist,
+                                (hip, knee, ankle, shoulder, elbow, wrist)):
+            joints[index] = joint
+
+    # Its place: the size follows the picture's height; one in four is partly outside.
+    joints = np.array(joints)
+    extent = joints.max(0) - joints.min(0)
+    unit = uniform(0.5, 0.95) * min(height / extent[1], width / extent[0])  # pixels per head length
+    unit *= uniform(1, 1.6) if chance(0.25) else 1
+    room = np.array([width, height]) - unit * extent
+    joints = joints * unit + (rng.uniform(0, 1, 2) * room - unit * joints.min(0))
+
+    # The picture, drawn at twice its size and averaged down, as Pillow's lines have hard edges.
+    def colour():
+        return tuple(int(value) for value in rng.integers(20, 236, 3))
+
+    def corners(low, high):
+        return 2 * rng.uniform(0, 1, (rng.integers(low, high), 2)) * (width, height)
+
+    background = np.linspace(colour(), colour(), 2 * height)[:, None].repeat(2 * width, 1)
+    image = Image.fromarray(background.astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+
+    def capsule(points, thickness, fill):  # points in pixels of the picture
+        points, radius = [tuple(2 * point + 0.5) for point in points], thickness * unit
+        draw.line(points, fill, round(2 * radius), "curve")
+        for x, y in points:
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
+
+    for corner in corners(5, 12):
+        shape = draw.rectangle if chance(0.5) else draw.ellipse
+        shape((*corner, *corner + 2 * unit * rng.uniform(0.3, 4, 2)), colour())
+    tone = uniform(0.35, 1)
+    skin = (int(255 * tone), int(214 * tone), int(180 * tone))
+    shirt, trousers, hair, shoes = colour(), colour(), colour(), colour()
+    long_sleeves, long_trousers = chance(0.5), chance(0.6)
+    for hip, knee, ankle in (joints[[2, 1, 0]], joints[[3, 4, 5]]):
+        capsule((hip, knee), 0.36, trousers)
+        capsule((knee, ankle), 0.27, trousers if long_trousers else skin)
+        capsule((ankle, ankle + (0, 0.1 * unit)), 0.3, shoes)
+    draw.polygon([tuple(2 * joints[index]) for index in (12, 13, 3, 2)], shirt)
+    capsule(joints[[12, 13]], 0.3, shirt)
+    capsule(joints[[2, 3]], 0.36, trousers)
+    capsule(joints[[7, 8]], 0.2, skin)
+    across, up = joints[13] - joints[12], joints[9] - joints[8]
+    across = across / max(np.linalg.norm(across), 1e-6) * 0.22 * unit
+    capsule((joints[8] + 0.62 * up, joints[8] + 0.62 * up), 0.95, hair)
+    capsule((joints[8] + 0.4 * up, joints[8] + 0.55 * up), 0.8, skin)
+    for eye in (-across, across):
+        capsule((joints[8] + 0.55 * up + eye,) * 2, 0.13, (30, 30, 30))
+    for shoulder, elbow, wrist in (joints[[12, 11, 10]], joints[[13, 14, 15]]):
+        capsule((shoulder, elbow), 0.27, shirt)
+        capsule((elbow, wrist), 0.22, shirt if long_sleeves else skin)
+        capsule((wrist, wrist), 0.26, skin)
+    for corner in corners(0, 3) if chance(0.4) else ():  # things in front
+        draw.rectangle((*corner, *corner + 2 * unit * rng.uniform(0.3, 1.6, 2)), colour())
+    image = np.asarray(image.reduce(2), np.float32) + rng.normal(0, 6, (height, width, 1))
+    picture = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+    # The annotation, as MPII's: 1-based, missing joints at (-1, -1) with joints_vis 0. MPII's scale
+    # is 1/25 of 0.6 times the head box's diagonal, which is here 1.25 head lengths.
+    visible = ((joints >= 0) & (joints <= (width - 1, height - 1))).all(1)
+    scale = 0.6 * 1.25 * unit / 25
+    seen = joints[visible] if visible.any() else joints
+    center = (seen.min(0) + seen.max(0)) / 2 + rng.normal(0, 0.15 * unit, 2) + 1 - (0, 15 * scale)
+    return {"image": "", "center": center.tolist(), "scale": scale,
+            "joints": np.where(visible[:, None], joints + 1, -1).tolist(),
+            "joints_vis": visible.astype(int).tolist()}, picture
+
+
+def read_drawn(root, split, size=None, skeleton=SKELETONS["mpii"], counts=(1500, 200)):
+    """The People of the drawn data set; splits train and valid, which share no figure."""
+    seed, count = {"train": (0, counts[0]), "valid": (1, counts[1])}[split]
+    entries = [draw_person(seed, number)[0] for number in range(count)]
+    return replace(mpii_people(entries, "drawn people", "", 16), seed=seed)
+
+
+# ---------------------------------------------------------------------------- the data sets
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training sample is varied. None of it moves the box or changes colours."""
+
+    scale: float  # the box's size is multiplied by 1 + scale * z, within 1 - scale .. 1 + scale
+    rotation: float = 40.0  # degrees at most
+    rotated: float = 0.6  # the share of samples that is rotated
+    flipped: float = 0.5  # the share that is mirrored
+
+    def draw(self, rng):
+        """-> factor of the box's size, degrees, whether to mirror.
+
+        DIFFERS FROM THE PAPER in nothing it says: rotation within 40 degrees either way, random
+        scale, flips. Where it is silent the values are SimpleBaseline's: z standard normal, three
+        samples in five rotated, by half the bound times a standard normal.
+        """
+        factor = np.clip(1 + self.scale * rng.standard_normal(), 1 - self.scale, 1 + self.scale)
+        degrees = np.clip(self.rotation / 2 * rng.standard_normal(), -self.rotation, self.rotation)
+        return factor, degrees * (rng.random() < self.rotated), rng.random() < self.flipped
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    read: object  # function (root, split, size, skeleton) -> People
+    skeleton: str
+    train: str  # the names of the splits
+    valid: str
+    size: tuple  # (height, width) of the network's input
+    augmentation: Augmentation
+
+
+DATASETS = {
+    "synthetic": DatasetInfo(read_drawn, "mpii", "train", "valid", (128, 128), Augmentation(0.25)),
+    "mpii": DatasetInfo(read_mpii, "mpii", "train", "valid", (256, 256), Augmentation(0.25)),
+    "coco": DatasetInfo(read_coco, "coco", "train2017", "val2017", (256, 192), Augmentation(0.30)),
+}
+
+
+def flip_order(skeleton):
+    """The index of each joint's mirror image, (K,)."""
+    order = np.arange(len(skeleton.joints))
+    for a, b in skeleton.flip_pairs:
+        order[[a, b]] = b, a
+    return order
+
+
+class PoseDataset(torch.utils.data.Dataset):
+    """Crops of people. dataset[row], or dataset[epoch, row], which decides how it is varied.
+
+    -> row, crop (H,W,3) uint8, joints (K,2) float32 in pixels of the crop, visible (K,) float32.
+    Without an augmentation a crop has the exact pixels of the protocol; with one, JPEGs that are
+    larger than the crop are decoded at reduced size, which is faster and alters the blur alone.
+    """
+
+    def __init__(self, people, size, skeleton, augmentation=None, seed=0):
+        self.people, self.size, self.augmentation, self.seed = people, size, augmentation, seed
+        self.order = flip_order(skeleton)
+
+    def __len__(self):
+        return len(self.people)
+
+    def __getitem__(self, index):
+        people, (epoch, row) = self.people, index if isinstance(index, tuple) else (0, index)
+        scale, degrees, flip, reduction = people.scale[row], 0.0, False, 1
+        if self.augmentation:
+            rng = np.random.default_rng((self.seed, epoch, row))
+            factor, degrees, flip = self.augmentation.draw(rng)
+            scale = scale * factor
+            reduction = 200 * scale / self.size[1]  # picture pixels per pixel of the crop
+        matrix = affine(people.center[row], scale, self.size, degrees, flip)
+        picture, reduction = people.picture(row, reduction)
+        image = crop(picture, matrix, self.size, reduction)
+        order = self.order if flip else slice(None)
+        joints = transform(people.joints[row][order], matrix)
+        return (row, torch.from_numpy(image), torch.from_numpy(joints.astype(np.float32)),
+                torch.from_numpy(people.visible[row][order].astype(np.float32)))
+
+
+def make_loader(dataset, batches, workers, pin_memory=False):
+    """A DataLoader over batches (lists of indices), whose processes share the dataset's arrays."""
+    fork = workers and sys.platform == "linux"  # elsewhere processes can't share, and copy them
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
+        persistent_workers=workers > 0, worker_init_fn=_ignore_interrupt,
+        multiprocessing_context="fork" if fork else None)
+
+
+def _ignore_interrupt(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
+
+
+def normalise(images, bgr=False):
+    """Crops (B,H,W,3) uint8 RGB, on any device -> the network's input (B,3,H,W) float32.
+
+    Divided by 255, minus the mean, by the deviation of each channel; channels last in memory. bgr:
+    the channels in the order blue, green, red with the same numbers, as SimpleBaseline feeds them.
+    """
+    mean, deviation = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
+    images = images.flip(3) if bgr else images
+    return ((images / 255 - mean) / deviation).permute(0, 3, 1, 2)
+
+
+def target_sigma(size):
+    """The targets' standard deviation, in heatmap pixels: 2, and 3 for inputs as large as 384x288."""
+    return 3 if max(size) > 256 else 2
+
+
+def gaussian_targets(joints, visible, size, sigma):
+    """Heatmaps to learn: joints (B,K,2) in pixels of an input of size (H,W), visible (B,K) ->
+    targets (B,K,h,w), weights (B,K), on the joints' device.
+
+    A Gaussian of height 1 around the pixel nearest to the joint, cut off at 3 sigma. The weight is
+    0 where a joint is not annotated or more than 3 sigma outside the map. Rounding and the test of
+    the border are those of SimpleBaseline to the last pixel: int() truncates towards 0, and the
+    low side is one pixel looser than the high side.
+    """
+    h, w = heatmap_size(*size)
+    radius = 3 * sigma
+    centers = (joints / STRIDE + 0.5).trunc()  # (B,K,2) heatmap pixels
+    limits = torch.tensor([w, h], device=joints.device)
+    on_map = ((centers - radius < limits) & (centers + radius + 1 >= 0)).all(2)
+    weights = visible * on_map
+
+    def profile(length, centers):  # (B,K) -> (B,K,length)
+        distance = torch.arange(length, device=joints.device) - centers[..., None]
+        return torch.exp(-distance ** 2 / (2 * sigma ** 2)) * (distance.abs() <= radius)
+
+    targets = profile(h, centers[..., 1])[..., :, None] * profile(w, centers[..., 0])[..., None, :]
+    return targets * (weights > 0.5)[..., None, None], weights
+
+
+# ---------------------------------------------------------------------------- drawing
+
+LEFT, RIGHT, MIDDLE = (255, 150, 30), (40, 150, 255), (90, 230, 90)  # the person's own sides
+font = functools.lru_cache(ImageFont.load_default)
+
+
+def joint_colour(skeleton, *indices):
+    """The colour of a joint, or of a limb between two: the side that its name tells."""
+    names = " ".join(skeleton.joints[index] for index in indices)
+    return LEFT if "left" in names else RIGHT if "right" in names else MIDDLE
+
+
+def draw_pose(picture, keypoints, skeleton, threshold=0.0, width=None):
+    """Draws a skeleton onto a picture, in place. keypoints: (K,3) as x, y, score in its pixels.
+
+    Joints whose score is at most threshold are left out, with their limbs. width: of the lines in
+    pixels, by default in proportion to the person.
+    """
+    draw = ImageDraw.Draw(picture)
+    shown = keypoints[:, 2] > threshold
+    if width is None:
+        extent = np.ptp(keypoints[shown, :2], axis=0).max() if shown.any() else 0
+        width = max(1, round(max(extent, 50) / 60))
+    points = [tuple(float(value) for value in point) for point in keypoints[:, :2]]
+    for a, b in skeleton.limbs:
+        if shown[a] and shown[b]:
+            draw.line((points[a], points[b]), joint_colour(skeleton, a, b), width)
+    for index in np.flatnonzero(shown):
+        (x, y), radius = points[index], width * 0.9 + 0.5
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius),
+                     joint_colour(skeleton, index), (0, 0, 0) if radius > 3 else None)
+
+
+def heat(picture, heatmap, maximum=1.0):
+    """A picture, dimmed, with a heatmap (h,w) laid over it from black through red to white."""
+    level = np.clip(np.asarray(heatmap, np.float32) / maximum, 0, 1)
+    level = Image.fromarray((255 * level).astype(np.uint8)).resize(picture.size)
+    level = np.asarray(level, np.float32)[..., None] / 255
+    glow = 255 * np.clip(3 * level - [0, 1, 2], 0, 1)
+    grey = np.asarray(picture.convert("L"), np.float32)[..., None] * 0.5
+    return Image.fromarray((grey * (1 - level) + glow * level).astype(np.uint8))
+
+
+def grid(pictures, columns, gap=4):
+    """Pictures of one size side by side, row by row, on white."""
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        sheet.paste(picture, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def show_samples(dataset, skeleton, count=12):
+    """A sheet of training samples: each crop with its joints, beside it all its targets."""
+    sheet = []
+    for number in range(count):
+        _, image, joints, visible = dataset[number // len(dataset), number % len(dataset)]
+        picture = Image.fromarray(image.numpy())
+        targets, weights = gaussian_targets(joints[None], visible[None], dataset.size,
+                                            target_sigma(dataset.size))
+        sheet.append(heat(picture, targets[0].amax(0)))
+        draw_pose(picture, torch.cat([joints, weights[0, :, None]], 1).numpy(), skeleton)
+        sheet.insert(-1, picture)
+    return grid(sheet, columns=6)
+
+
+# ---------------------------------------------------------------------------- command line
+
+def run(main):
+    """Calls a script's main(). The user's mistakes end in a sentence and exit status 1."""
+    try:
+        main()
+    except InputError as error:  # from a loader process it comes wrapped in a traceback
+        sys.exit(f"error: {str(error).split('InputError: ')[-1].strip()}")
+    except BrokenPipeError:  # the reader of our output, head or less, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def image_size(text):
+    """"256x192" -> (256, 192), height and width; an argparse type."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit() and min(int(height), int(width)) >= 64):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not HEIGHTxWIDTH with numbers from 64 on, such as 256x192")
+    return int(height), int(width)
+
+
+def add_data_arguments(parser):
+    """The flags that all scripts share which read a data set."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=DATASETS, default="synthetic",
+                       help="which people (default: %(default)s, drawn on the fly)")
+    group.add_argument("--data", type=Path, metavar="DIR",
+                       help="the data set's folder (default: data/DATASET)")
+    group.add_argument("--skeleton", choices=SKELETONS, help="the joints, an entry of SKELETONS in "
+                       "lapx.py (default: the data set's own)")
+    group.add_argument("--input", type=image_size, metavar="HxW", help="the network's input "
+                       "(default: 256x256 for mpii, 256x192 for coco, 128x128 for synthetic)")
+
+
+def load_people(args, split, size, skeleton):
+    """The People of a split, counted on the screen, their pictures checked."""
+    root = args.data or Path("data") / args.dataset
+    people = DATASETS[args.dataset].read(root, split, size, skeleton)
+    pictures = len(np.unique(people.image_id if people.seed is not None else people.files))
+    print(f"{args.dataset} {split}: {len(people)} persons in {pictures} pictures", flush=True)
+    check_pictures(people, args.dataset, split)
+    return people
+
+
+def measure(dataset, workers, count=400):
+    """Prints samples per second: of this process, by part, and of a loader with processes."""
+    people, seconds = dataset.people, np.zeros(3)
+    for number in range(count):
+        row = number % len(people)
+        clock = [time.perf_counter()]
+        scale, reduction = people.scale[row], 200 * people.scale[row] / dataset.size[1]
+        picture, reduction = people.picture(row, reduction if dataset.augmentation else 1)
+        clock.append(time.perf_counter())
+        crop(picture, affine(people.center[row], scale, dataset.size), dataset.size, reduction)
+        clock.append(time.perf_counter())
+        gaussian_targets(torch.from_numpy(people.joints[row][None]),
+                         torch.from_numpy(people.visible[row][None]), dataset.size, 2)
+        clock.append(time.perf_counter())
+        seconds += np.diff(clock)
+    seconds /= count
+    print(f"one process: {1 / seconds[:2].sum():.0f} samples/s; a sample takes "
+          + ", ".join(f"{name} {1e3 * value:.2f} ms"
+                      for name, value in zip(("decode", "crop", "targets"), seconds))
+          + " (targets are made on the training device, in batches)")
+    batches = [[(epoch, row % len(people)) for row in range(32 * b, 32 * b + 32)]
+               for epoch in range(1) for b in range(-(-count // 32) + 8)]
+    if workers:
+        loader = iter(make_loader(dataset, batches, workers))
+        for _ in range(8):  # while the processes start
+            next(loader)
+        start = time.perf_counter()
+        total = sum(len(batch[0]) for batch in loader)
+        print(f"{workers} processes: {total / (time.perf_counter() - start):.0f} samples/s")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at training samples, or time them.",
+                                     epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_data_arguments(parser)
+    parser.add_argument("--split", help="default: the training split")
+    parser.add_argument("--show", type=Path, metavar="PNG", help="write a sheet of samples")
+    parser.add_argument("--time", action="store_true", help="print samples per second")
+    parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_args()
+    info = DATASETS[args.dataset]
+    size, skeleton = args.input or info.size, SKELETONS[args.skeleton or info.skeleton]
+    people = load_people(args, args.split or info.train, size, skeleton)
+    dataset = PoseDataset(people, size, skeleton, info.augmentation, args.seed)
+    if args.show:
+        show_samples(dataset, skeleton).save(args.show)
+        print(f"wrote {args.show}")
+    if args.time:
+        measure(dataset, args.workers)
+
+
+if __name__ == "__main__":
+    run(main)
