@@ -14,6 +14,7 @@ its width / 200, a quarter of margin included. Sizes are (height, width), as in 
 
 import argparse
 import functools
+import io
 import json
 import math
 import os
@@ -56,6 +57,7 @@ class People:
     visible: np.ndarray  # (N,K) bool: annotated, be it occluded (both data sets train on those)
     score: np.ndarray  # (N,) float64, of the detected box; 1 for annotated ones
     seed: int | None = None  # of drawn people
+    image: Image.Image | None = None  # a picture in memory that all of them are in
 
     def __len__(self):
         return len(self.files)
@@ -71,6 +73,8 @@ class People:
 
     def picture(self, row, reduction=1):
         """Person row's picture and its reduction, as open_picture returns them."""
+        if self.image is not None:
+            return self.image, 1
         if self.seed is not None:
             return draw_person(self.seed, int(self.image_id[row]))[1], 1
         return open_picture(self.path(row), reduction)
@@ -172,6 +176,32 @@ def open_picture(path, reduction=1, upright=False):
 
 # ---------------------------------------------------------------------------- readers
 
+def write_file(path, content):
+    """Bytes or text to a file, all or nothing: a crash, a full disk or a kill leaves the old one.
+
+    Written beside it, brought to the disk, then renamed. The folder is made if need be.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path} can't be written ({error.strerror}); what was there before is "
+                         "untouched") from None
+
+
+def write_png(path, picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_file(path, buffer.getvalue())
+
+
 def read_json(path, object_hook=None):
     """A parsed JSON file; InputError if it is missing or broken."""
     try:
@@ -239,8 +269,9 @@ def mpii_people(entries, source, folder, num_joints):
     center, scale = np.array(center), np.array(scale)
     center[:, 1] += np.where(center[:, 0] != -1, 15 * scale, 0)
     scale *= np.where(center[:, 0] != -1, PADDING, 1)
-    names = [os.fsencode(entry["image"]) for entry in entries]
-    return People(Path(folder), np.array(names), np.arange(len(entries)), center - 1, scale,
+    names = np.array([os.fsencode(entry["image"]) for entry in entries])
+    _, image_id = np.unique(names, return_inverse=True)
+    return People(Path(folder), names, image_id, center - 1, scale,
                   (np.array(joints) - 1).astype(np.float32), np.array(visible) > 0,
                   np.ones(len(entries)))
 
@@ -373,8 +404,9 @@ def check_pictures(people, dataset, split):
 
 # ---------------------------------------------------------------------------- drawn people
 
-def draw_person(seed, number):
-    """A drawn person: (an entry as in MPII's JSON, the picture). The same for the same arguments.
+def draw_person(seed, number, paint=True):
+    """A drawn person: (an entry as in MPII's JSON, the picture; None without paint). The same for
+    the same seed and number.
 
     An articulated figure that faces us, in one of many poses, sizes and clothes, before a cluttered
     background, with things in front of it now and then, and parts of it outside the picture.
@@ -416,6 +448,18 @@ def draw_person(seed, number):
     unit *= uniform(1, 1.6) if chance(0.25) else 1
     room = np.array([width, height]) - unit * extent
     joints = joints * unit + (rng.uniform(0, 1, 2) * room - unit * joints.min(0))
+
+    # The annotation, as MPII's: 1-based, missing joints at (-1, -1) with joints_vis 0. MPII's scale
+    # is 1/25 of 0.6 times the head box's diagonal, which is here 1.25 head lengths.
+    visible = ((joints >= 0) & (joints <= (width - 1, height - 1))).all(1)
+    scale = 0.6 * 1.25 * unit / 25
+    seen = joints[visible] if visible.any() else joints
+    center = (seen.min(0) + seen.max(0)) / 2 + rng.normal(0, 0.15 * unit, 2) + 1 - (0, 15 * scale)
+    entry = {"image": "", "center": center.tolist(), "scale": scale,
+             "joints": np.where(visible[:, None], joints + 1, -1).tolist(),
+             "joints_vis": visible.astype(int).tolist()}
+    if not paint:
+        return entry, None
 
     # The picture, drawn at twice its size and averaged down, as Pillow's lines have hard edges.
     def colour():
@@ -462,24 +506,15 @@ def draw_person(seed, number):
     for corner in corners(0, 3) if chance(0.4) else ():  # things in front
         draw.rectangle((*corner, *corner + 2 * unit * rng.uniform(0.3, 1.6, 2)), colour())
     image = np.asarray(image.reduce(2), np.float32) + rng.normal(0, 6, (height, width, 1))
-    picture = Image.fromarray(image.clip(0, 255).astype(np.uint8))
-
-    # The annotation, as MPII's: 1-based, missing joints at (-1, -1) with joints_vis 0. MPII's scale
-    # is 1/25 of 0.6 times the head box's diagonal, which is here 1.25 head lengths.
-    visible = ((joints >= 0) & (joints <= (width - 1, height - 1))).all(1)
-    scale = 0.6 * 1.25 * unit / 25
-    seen = joints[visible] if visible.any() else joints
-    center = (seen.min(0) + seen.max(0)) / 2 + rng.normal(0, 0.15 * unit, 2) + 1 - (0, 15 * scale)
-    return {"image": "", "center": center.tolist(), "scale": scale,
-            "joints": np.where(visible[:, None], joints + 1, -1).tolist(),
-            "joints_vis": visible.astype(int).tolist()}, picture
+    return entry, Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
-def read_drawn(root, split, size=None, skeleton=SKELETONS["mpii"], counts=(1500, 200)):
+def read_drawn(root, split, size=None, skeleton=SKELETONS["mpii"], counts=(1200, 200)):
     """The People of the drawn data set; splits train and valid, which share no figure."""
     seed, count = {"train": (0, counts[0]), "valid": (1, counts[1])}[split]
-    entries = [draw_person(seed, number)[0] for number in range(count)]
-    return replace(mpii_people(entries, "drawn people", "", 16), seed=seed)
+    entries = [draw_person(seed, number, paint=False)[0] for number in range(count)]
+    return replace(mpii_people(entries, "drawn people", "", 16), seed=seed,
+                   image_id=np.arange(count))
 
 
 # ---------------------------------------------------------------------------- the data sets
@@ -575,13 +610,13 @@ def _ignore_interrupt(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
 
 
-def normalise(images, bgr=False):
+def normalise(images, bgr=False, mean=MEAN, deviation=STD):
     """Crops (B,H,W,3) uint8 RGB, on any device -> the network's input (B,3,H,W) float32.
 
     Divided by 255, minus the mean, by the deviation of each channel; channels last in memory. bgr:
     the channels in the order blue, green, red with the same numbers, as SimpleBaseline feeds them.
     """
-    mean, deviation = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
+    mean, deviation = (torch.tensor(values, device=images.device) for values in (mean, deviation))
     images = images.flip(3) if bgr else images
     return ((images / 255 - mean) / deviation).permute(0, 3, 1, 2)
 
@@ -669,6 +704,70 @@ def grid(pictures, columns, gap=4):
     return sheet
 
 
+def ticks(low, high, most=6):
+    """Round numbers from low to high, at most so many."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+    return [step * number for number in range(math.ceil(low / step - 1e-9),
+                                              math.floor(high / step + 1e-9) + 1)]
+
+
+class Axes:
+    """A pair of axes with round ticks in a box (left, top, right, bottom) of a picture.
+
+    axes(x, y) -> the position in the picture's pixels. xs, ys: the values to make room for.
+    """
+
+    def __init__(self, draw, box, xs, ys, xlabel, ylabel, margin=0.05):
+        self.box, self.ranges = box, []
+        for values in (xs, ys):
+            low, high = min(values), max(values)
+            room = (high - low) * margin or abs(high) * 0.1 or 1
+            self.ranges.append((low - room, high + room))
+        left, top, right, bottom = box
+        for value in ticks(*self.ranges[0]):
+            x, _ = self(value, self.ranges[1][0])
+            draw.line((x, top, x, bottom), (225, 225, 225))
+            draw.text((x, bottom + 4), f"{value:g}", (0, 0, 0), font(size=12), "ma")
+        for value in ticks(*self.ranges[1]):
+            _, y = self(self.ranges[0][0], value)
+            draw.line((left, y, right, y), (225, 225, 225))
+            draw.text((left - 6, y), f"{value:g}", (0, 0, 0), font(size=12), "rm")
+        draw.rectangle(box, outline=(0, 0, 0))
+        draw.text(((left + right) / 2, bottom + 22), xlabel, (0, 0, 0), font(size=14), "ma")
+        draw.text((left, top - 6), ylabel, (0, 0, 0), font(size=14), "ls")
+
+    def __call__(self, x, y):
+        (x0, x1), (y0, y1) = self.ranges
+        left, top, right, bottom = self.box
+        return (left + (x - x0) / (x1 - x0) * (right - left),
+                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+
+
+def line_charts(xs, panels, xlabel, width=720, height=240):
+    """Charts below each other: panels is a list of (name, list of curves over xs)."""
+    picture = Image.new("RGB", (width, height * len(panels)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, (name, curves) in enumerate(panels):
+        box = (70, number * height + 30, width - 20, (number + 1) * height - 50)
+        values = [value for curve in curves for value in curve if math.isfinite(value)]
+        axes = Axes(draw, box, xs, values or [0], xlabel, name)
+        for curve, colour in zip(curves, (RIGHT, LEFT, MIDDLE)):
+            points = [axes(x, y) for x, y in zip(xs, curve) if math.isfinite(y)]
+            draw.line(points, colour, 2)
+            for x, y in points if len(points) <= 60 else ():
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+    return picture
+
+
+def titled(picture, text, height=18):
+    """A picture with a line of text above it."""
+    sheet = Image.new("RGB", (picture.width, picture.height + height), "white")
+    sheet.paste(picture, (0, height))
+    ImageDraw.Draw(sheet).text((2, 1), text, (0, 0, 0), font(size=height - 6))
+    return sheet
+
+
 def show_samples(dataset, skeleton, count=12):
     """A sheet of training samples: each crop with its joints, beside it all its targets."""
     sheet = []
@@ -705,11 +804,12 @@ def image_size(text):
     return int(height), int(width)
 
 
-def add_data_arguments(parser):
+def add_data_arguments(parser, default="synthetic"):
     """The flags that all scripts share which read a data set."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default="synthetic",
-                       help="which people (default: %(default)s, drawn on the fly)")
+    group.add_argument("--dataset", choices=DATASETS, default=default,
+                       help="which people (default: " + ("%(default)s, drawn on the fly)" if default
+                                                         else "what the network was trained on)"))
     group.add_argument("--data", type=Path, metavar="DIR",
                        help="the data set's folder (default: data/DATASET)")
     group.add_argument("--skeleton", choices=SKELETONS, help="the joints, an entry of SKELETONS in "
@@ -718,13 +818,13 @@ def add_data_arguments(parser):
                        "(default: 256x256 for mpii, 256x192 for coco, 128x128 for synthetic)")
 
 
-def load_people(args, split, size, skeleton):
+def load_people(dataset, root, split, size, skeleton, quiet=False):
     """The People of a split, counted on the screen, their pictures checked."""
-    root = args.data or Path("data") / args.dataset
-    people = DATASETS[args.dataset].read(root, split, size, skeleton)
-    pictures = len(np.unique(people.image_id if people.seed is not None else people.files))
-    print(f"{args.dataset} {split}: {len(people)} persons in {pictures} pictures", flush=True)
-    check_pictures(people, args.dataset, split)
+    people = DATASETS[dataset].read(root, split, size, skeleton)
+    if not quiet:
+        print(f"{dataset} {split}: {len(people)} persons in {len(np.unique(people.image_id))} "
+              "pictures", flush=True)
+        check_pictures(people, dataset, split)
     return people
 
 
@@ -771,10 +871,11 @@ def main():
     args = parser.parse_args()
     info = DATASETS[args.dataset]
     size, skeleton = args.input or info.size, SKELETONS[args.skeleton or info.skeleton]
-    people = load_people(args, args.split or info.train, size, skeleton)
+    people = load_people(args.dataset, args.data or Path("data") / args.dataset,
+                         args.split or info.train, size, skeleton)
     dataset = PoseDataset(people, size, skeleton, info.augmentation, args.seed)
     if args.show:
-        show_samples(dataset, skeleton).save(args.show)
+        write_png(args.show, show_samples(dataset, skeleton))
         print(f"wrote {args.show}")
     if args.time:
         measure(dataset, args.workers)

@@ -1,0 +1,599 @@
+"""Trains LAPX by the paper's recipe, and scores it after every epoch.
+
+    python train.py                                             # drawn people, minutes on a CPU
+    python train.py --dataset mpii --data data/mpii             # the paper's 200 epochs
+    python train.py --dataset coco --data data/coco
+    python train.py --resume auto --out runs/mpii               # goes on where a run was stopped
+    torchrun --nproc_per_node=4 train.py --dataset mpii ...     # four GPUs, the same total batch
+
+A run's folder gets recipe.json, log.csv, last.pt (everything, to resume), best.pt (the best epoch's
+network), and at the end curve.png and predictions.png.
+
+Every random choice is a function of the seed, the epoch and the person: so that the same command
+gives the same network on one machine's CPU, whatever --workers is and however often the run was
+killed and resumed, and there is no random state to lose.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+
+import data
+import evaluate
+from data import DATASETS, PoseDataset, gaussian_targets, normalise, target_sigma
+from lapx import SKELETONS, VARIANTS, InputError, find_weights, lapx, load_file
+
+
+# The defaults of the flags, and what else a recipe needs.
+RECIPES = {
+    #      the paper's: Adam (betas 0.9, 0.999; no weight decay, as it names none), batch 32 in total
+    "mpii": dict(epochs=200, batch_size=32, lr=3e-4,
+                 factor=0.5, milestones=(105, 150, 175, 190),  # lr *= factor after these epochs
+                 gamma_warmup=10, gamma_ramp=50),  # epochs with gamma = 0, epochs in which it rises
+    "coco": dict(epochs=210, batch_size=32, lr=2e-4, factor=0.4, milestones=(120, 160, 190),
+                 gamma_warmup=10, gamma_ramp=50),
+    #      ours, some minutes on two CPU cores
+    "synthetic": dict(epochs=4, batch_size=16, lr=1e-3, factor=0.3, milestones=(3,),
+                      gamma_warmup=0.2, gamma_ramp=1),
+}
+# The paper does not say how long the warm-up is. Ten epochs are ours: the loss has then left its
+# first steep fall, and the ramp ends long before the learning rate first drops.
+
+
+def learning_rate(epoch, lr, factor, milestones):
+    """The learning rate of an epoch (0-based, so milestone 105 is first felt by the 106th)."""
+    return lr * factor ** sum(epoch >= milestone for milestone in milestones)
+
+
+def gamma_at(epochs, warmup, ramp, target):
+    """The gamma schedule (section 3.3) after some epochs, a fraction of one included.
+
+    0 during warmup, then linear from 0 to target over ramp epochs, then None: the optimiser's.
+    """
+    if epochs > warmup + ramp:
+        return None
+    return target * (epochs - warmup) / ramp if epochs > warmup else 0.0
+
+
+def heatmap_loss(outputs, targets, weights):
+    """The loss with intermediate supervision (eq. 4.1, 4.2), in float32: a scalar.
+
+    outputs: S heatmaps (B,K,h,w); targets (B,K,h,w); weights (B,K), 0 for joints to leave out.
+    A stage's loss is 1/(2K) of the squared distances of the K maps, summed over pixels; the mean
+    over the batch and over the stages.
+    """
+    loss = 0
+    for heatmaps in outputs:
+        squared = ((heatmaps.float() - targets) ** 2).sum((2, 3))  # (B,K)
+        loss = loss + (weights * squared).sum(1) / (2 * weights.shape[1])  # (B,)
+    return loss.mean() / len(outputs)
+
+
+class EpochBatches:
+    """Batches of (epoch, row), shuffled by (seed, epoch): of each, this process's share.
+
+    All batches have the same size: the few persons that are left over differ from epoch to epoch.
+    """
+
+    def __init__(self, persons, batch_size, seed, rank=0, world=1):
+        self.persons, self.batch_size, self.seed = persons, batch_size, seed
+        self.rank, self.world = rank, world
+        self.steps = persons // batch_size
+        self.epoch = self.first = 0  # first: the step to begin with, when a run is resumed
+
+    def __len__(self):
+        return self.steps - self.first
+
+    def __iter__(self):
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.persons)
+        for step in range(self.first, self.steps):
+            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
+            yield [(self.epoch, row) for row in batch[self.rank::self.world].tolist()]
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, so that N processes train as one does.
+
+    torch's own works on GPUs only. (B,C,h,w) -> same; every process has the same B.
+    """
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # differentiable
+
+        wide = x.float()
+        moments = torch.cat([wide.mean((0, 2, 3)), (wide * wide).mean((0, 2, 3))])  # (2C,)
+        mean, square = (all_reduce(moments) / dist.get_world_size()).chunk(2)
+        variance = square - mean * mean
+        with torch.no_grad():
+            n = x.numel() // x.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------- one epoch
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C came: the state is to be saved and the run to end."""
+
+
+class StopSignals:
+    """Remembers SIGTERM and Ctrl-C until it suits us; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self, together=False):
+        """Raises Stopped if a signal has come; together: if it has come to any process."""
+        if together:
+            number = torch.tensor(self.number, device=together)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self.number = int(number)
+        if self.number:
+            raise Stopped
+
+
+def train_epoch(run, loader, epoch):
+    """One epoch: load, forward, loss, backward, step. -> mean loss, images/s, share of waiting."""
+    recipe, device, steps = run.recipe, run.device, run.batches.steps
+    for group in run.optimiser.param_groups:
+        group["lr"] = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
+    gammas = run.model.gammas()
+    progress = evaluate.show_progress(steps, "steps") if run.rank == 0 else None
+    run.net.train()
+    start, waited, done, previous = time.perf_counter(), 0.0, 0, run.step
+    batches = iter(loader)
+    for step in range(run.step, steps):
+        asked = time.perf_counter()
+        _, images, joints, visible = next(batches)
+        waited += time.perf_counter() - asked
+
+        images = normalise(images.to(device, non_blocking=True))  # (B,3,H,W)
+        targets, weights = gaussian_targets(  # (B,K,h,w), (B,K)
+            joints.to(device, non_blocking=True), visible.to(device, non_blocking=True),
+            run.size, target_sigma(run.size))
+        gamma = gamma_at(epoch + (step + 1) / steps, recipe.gamma_warmup, recipe.gamma_ramp,
+                         run.model.config.gamma_target)
+        if gamma is not None:
+            for parameter in gammas:
+                parameter.data.fill_(gamma)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            outputs = run.net(images)  # S x (B,K,h,w)
+        loss = heatmap_loss(outputs, targets, weights)
+        run.optimiser.zero_grad()
+        loss.backward()
+        if gamma is not None:  # frozen: Adam does not see it, and has no state of it when it is freed
+            for parameter in gammas:
+                parameter.grad = None
+        run.optimiser.step()
+
+        run.losses[step], run.step, done = loss.detach(), step + 1, done + len(images)
+        if run.world == 1 or (step + 1) % 10 == 0 or step + 1 == steps:
+            if device.type == "cpu" or (step + 1) % 50 == 0 or step + 1 == steps:  # it waits for a GPU
+                check_losses(run.losses[previous:step + 1], epoch, previous, group["lr"])
+                previous = step + 1
+            run.stop.check(device if run.world > 1 else False)
+        if progress:
+            progress(step + 1)
+    seconds = max(time.perf_counter() - start, 1e-9)
+    loss = run.losses.mean()
+    if run.world > 1:
+        dist.all_reduce(loss)
+    return loss.item() / run.world, done * run.world / seconds, waited / seconds
+
+
+def check_losses(losses, epoch, first, lr):
+    """InputError at the first loss that is not finite; the checkpoints on the disk are from before."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        raise InputError(f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step "
+                         f"{first + int(bad[0]) + 1}, with learning rate {lr:g}. The last checkpoint "
+                         "is good: --resume it with a lower --lr, or with --precision float32")
+
+
+@torch.no_grad()
+def evaluate_epoch(run, flips=(False,)):
+    """Predicts the validation people, each by one process, and scores them with and without flips.
+
+    -> for each entry of flips the keypoints (N,K,3) and the metrics (on rank 0)."""
+    rows = np.arange(run.rank, len(run.valid), run.world)
+    run.model.eval()
+
+    def heatmaps_of(images):
+        if run.world == 1:
+            run.stop.check()
+        return run.model(normalise(images.to(run.device)))[-1].float()
+
+    parts = evaluate.predict(heatmaps_of, run.valid.rows(rows), run.size, run.skeleton, flips,
+                             batch_size=run.recipe.batch_size // run.world, workers=run.workers,
+                             pin_memory=run.device.type == "cuda",
+                             progress=evaluate.show_progress(len(rows)) if run.rank == 0 else None)
+    results = []
+    for part in parts:
+        keypoints = np.zeros((len(run.valid), *part.shape[1:]))
+        gathered = [(rows, part)]
+        if run.world > 1:
+            gathered = [None] * run.world
+            dist.all_gather_object(gathered, (rows, part))
+        for some, values in gathered:
+            keypoints[some] = values
+        metrics = evaluate.score(keypoints, run.valid, run.truth, run.size, run.skeleton)
+        results.append((keypoints, metrics))
+    return results
+
+
+# ---------------------------------------------------------------------------- a run
+
+class Run:
+    """A run and its state. What save() leaves out is made anew from the recipe on resuming."""
+
+    def __init__(self, recipe, out, device, workers):
+        self.recipe, self.out, self.workers = recipe, out, workers
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(device)
+        if self.world > 1:
+            if device == "cuda":
+                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        self.make_data()
+        self.make_network()
+        self.epoch = self.step = 0  # of the next thing to do, 0-based
+        self.losses = torch.zeros(self.batches.steps, device=self.device)  # of this epoch's steps
+        self.history, self.best = [], -math.inf
+        self.stop = StopSignals()
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def make_data(self):
+        recipe, info = self.recipe, DATASETS[self.recipe.dataset]
+        self.skeleton, self.size = SKELETONS[recipe.skeleton], tuple(recipe.input)
+        augmentation, root = info.augmentation, recipe.data
+
+        def people_of(split):
+            return data.load_people(recipe.dataset, root, split, self.size, self.skeleton,
+                                    quiet=self.rank > 0)
+
+        people = people_of(info.train)
+        if recipe.overfit:  # the same pictures to train and to score, exactly as they are
+            _, first = np.unique(people.image_id, return_index=True)
+            pictures = people.image_id[np.sort(first)[:recipe.overfit]]
+            rows = np.flatnonzero(np.isin(people.image_id, pictures))
+            self.truth = evaluate.read_truth(people, recipe.dataset, root, info.train, rows)
+            people = self.valid = people.rows(rows)
+            augmentation = None
+            self.say(f"overfitting {len(people)} persons in {len(pictures)} pictures, unaugmented")
+        else:
+            self.valid = people_of(info.valid)
+            self.truth = evaluate.read_truth(self.valid, recipe.dataset, root, info.valid)
+        batch = min(recipe.batch_size, len(people)) // self.world * self.world
+        if batch != recipe.batch_size:
+            self.say(f"batches of {batch}, not {recipe.batch_size}: there are {len(people)} persons "
+                     f"and {self.world} processes")
+        if not batch:
+            raise InputError(f"{len(people)} persons are too few for {self.world} processes")
+        self.batches = EpochBatches(len(people), batch, recipe.seed, self.rank, self.world)
+        dataset = PoseDataset(people, self.size, self.skeleton, augmentation, recipe.seed)
+        self.loader = data.make_loader(dataset, self.batches, self.workers,
+                                       self.device.type == "cuda")
+
+    def make_network(self):
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed)
+        self.model = lapx(len(self.skeleton.joints), recipe.variant)
+        if recipe.init:
+            self.say(initialise(self.model, recipe.init))
+        self.model.to(self.device, memory_format=torch.channels_last)
+        exact = recipe.precision == "float32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+        self.net = self.model
+        if self.world > 1:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.__class__ = SyncBatchNorm  # the same tensors, another forward
+            # gamma is set to the same value, or moved by the same gradient, in every process
+            self.net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+        if recipe.compile:  # on a GPU the step becomes one CUDA graph
+            self.net = torch.compile(
+                self.net, mode="reduce-overhead" if self.device.type == "cuda" else None)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), recipe.lr,
+                                          fused=self.device.type in ("cpu", "cuda"))
+
+    def network(self):
+        """What belongs to the network alone, as plain types and tensors."""
+        return {"config": asdict(self.model.config), "model": self.model.state_dict(),
+                "info": evaluate.model_info(self.model.config, self.recipe.dataset, self.skeleton,
+                                            self.size)}
+
+    def save(self, name="last.pt", content=None):
+        """Writes a checkpoint: the old one is replaced when the new one is whole on the disk."""
+        if self.rank == 0:
+            buffer = io.BytesIO()
+            torch.save(content or {
+                **self.network(), "recipe": vars(self.recipe), "epoch": self.epoch,
+                "step": self.step, "losses": self.losses, "best": self.best,
+                "history": self.history, "optimiser": self.optimiser.state_dict()}, buffer)
+            data.write_file(self.out / name, buffer.getvalue())
+
+    def resume(self, saved):
+        """Goes back to the state in a checkpoint's content."""
+        self.model.load_state_dict(saved["model"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
+        self.history = saved["history"]
+        if len(saved["losses"]) == len(self.losses):
+            self.losses.copy_(saved["losses"])
+        else:  # another batch size: the steps are others, so the epoch starts again
+            self.step = 0
+
+    def train(self):
+        """All epochs that are left, then the final scores and drawings."""
+        recipe, metric = self.recipe, "AP" if self.recipe.dataset == "coco" else "Mean"
+        self.say(f"{'epoch':>9} {'lr':>9} {'gamma':>11} {'loss':>9} "
+                 f"{'AP' if metric == 'AP' else 'PCKh@0.5':>9} {'images/s':>9} {'waiting':>8} "
+                 f"{'time left':>10}")
+        while self.epoch < recipe.epochs:
+            start = time.monotonic()
+            self.batches.epoch, self.batches.first = self.epoch, self.step
+            loss, speed, waiting = train_epoch(self, self.loader, self.epoch)
+            last = self.epoch + 1 == recipe.epochs
+            results = evaluate_epoch(self, (False, True) if last else (False,))
+            score = results[0][1][metric]
+            gammas = [gamma.item() for gamma in self.model.gammas()]
+            self.history.append({
+                "epoch": self.epoch + 1, "loss": loss, "images_per_second": speed,
+                "lr": self.optimiser.param_groups[0]["lr"], "gamma": gammas, "waiting": waiting,
+                "metrics": results[0][1], "seconds": time.monotonic() - start})
+            left = (recipe.epochs - self.epoch - 1) * (time.monotonic() - start)
+            self.say(f"{self.epoch + 1:4}/{recipe.epochs:<4} {self.history[-1]['lr']:9.2e} "
+                     f"{' '.join(f'{gamma:.3f}' for gamma in gammas) or '-':>11} {loss:9.5f} "
+                     f"{score * (100 if metric == 'AP' else 1):9.2f} {speed:9.1f} {waiting:8.1%} "
+                     f"{left // 3600:4.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}")
+            self.epoch, self.step = self.epoch + 1, 0
+            if score > self.best or not self.best > -math.inf:
+                self.best = score
+                self.save("best.pt", {**self.network(), "epoch": self.epoch,
+                                      "metrics": results[0][1]})
+            self.save()
+            if self.rank == 0:
+                data.write_file(self.out / "log.csv", log_table(self.history))
+        if self.rank == 0:
+            self.finish(results)
+
+    def finish(self, results):
+        """Prints the last epoch's scores, without and with the flip test, and draws."""
+        for (_, metrics), flip in zip(results, ("no flip test", "flip test with shift")):
+            evaluate.report(metrics, f"{self.recipe.dataset}, {len(self.valid)} persons, boxes gt, "
+                            f"input {self.size[0]}x{self.size[1]}, last epoch, {flip}", self.truth)
+        data.write_png(self.out / "curve.png", draw_curve(self.history))
+        data.write_png(self.out / "predictions.png", draw_predictions(
+            PoseDataset(self.valid, self.size, self.skeleton), results[-1][0], self.skeleton))
+        print(f"wrote {self.out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
+
+
+def initialise(model, path):
+    """Weights from a file into every layer whose shape fits. -> which did not, in words."""
+    tensors, own = find_weights(load_file(path), path), model.state_dict()
+    fitting = {name: tensor for name, tensor in tensors.items()
+               if name in own and own[name].shape == tensor.shape}
+    model.load_state_dict(fitting, strict=False)
+    fresh = [f"{name} {tuple(own[name].shape)}" for name in own if name not in fitting]
+    return (f"{len(fitting)} of {len(own)} tensors from {path}; "
+            + (f"{len(fresh)} start afresh: {', '.join(fresh[:12])}{', ...' * (len(fresh) > 12)}"
+               if fresh else "all fit"))
+
+
+def log_table(history):
+    """The history as CSV text, a row for each epoch."""
+    buffer = io.StringIO()
+    rows = [{"epoch": row["epoch"], "lr": row["lr"], "loss": row["loss"],
+             "gamma": " ".join(f"{gamma:.5f}" for gamma in row["gamma"]), **row["metrics"],
+             "images_per_second": round(row["images_per_second"], 2),
+             "waiting": round(row["waiting"], 4), "seconds": round(row["seconds"], 1)}
+            for row in history]
+    table = csv.DictWriter(buffer, rows[0], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return buffer.getvalue()
+
+
+def draw_curve(history):
+    """Loss, score and gamma over the epochs: a Pillow picture with three panels."""
+    epochs = [row["epoch"] for row in history]
+    metric = "AP" if "AP" in history[0]["metrics"] else "Mean"
+    panels = [("loss", [[row["loss"] for row in history]]),
+              ("AP" if metric == "AP" else "PCKh@0.5", [[row["metrics"][metric] for row in history]]),
+              ("gamma", list(zip(*(row["gamma"] for row in history))))]
+    return data.line_charts(epochs, [panel for panel in panels if panel[1]], "epoch")
+
+
+def draw_predictions(dataset, keypoints, skeleton, count=12):
+    """A sheet of validation crops with the joints (N,K,3) that were predicted."""
+    sheet = []
+    for row in range(min(count, len(dataset))):
+        picture, people = Image.fromarray(dataset[row][1].numpy()), dataset.people
+        matrix = data.affine(people.center[row], people.scale[row], dataset.size)
+        points = data.transform(keypoints[row, :, :2], matrix)
+        enlarged = picture.resize((2 * picture.width, 2 * picture.height))
+        data.draw_pose(enlarged, np.column_stack([2 * points + 0.5, keypoints[row, :, 2]]), skeleton,
+                       threshold=0.2)
+        sheet.append(enlarged)
+    return data.grid(sheet, columns=min(6, len(sheet)))
+
+
+# ---------------------------------------------------------------------------- command line
+
+def parse():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Recipes (the flags override them): " + json.dumps(RECIPES, indent=1))
+    data.add_data_arguments(parser, default=None)
+    group = parser.add_argument_group("recipe (default: the data set's, below)")
+    group.add_argument("--variant", choices=VARIANTS, help="default: lapx")
+    group.add_argument("--epochs", type=int, help="another number than the recipe's scales its "
+                       "milestones and gamma schedule in proportion")
+    group.add_argument("--batch-size", type=int, help="in total, over all processes")
+    group.add_argument("--lr", type=float)
+    group.add_argument("--gamma-warmup", type=float, metavar="EPOCHS", help="gamma stays 0")
+    group.add_argument("--gamma-ramp", type=float, metavar="EPOCHS", help="gamma rises to its target")
+    group.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"], help="float32 "
+                       "is the paper's; auto (default) is bfloat16 where the device computes in it")
+    group.add_argument("--compile", action="store_true", default=None, help="torch.compile: minutes "
+                       "to start, then faster steps; CUDA graphs on a GPU")
+    group.add_argument("--seed", type=int, help="default: 0")
+    group.add_argument("--overfit", type=int, metavar="N", help="train on N pictures and score on the "
+                       "same: a check of a setup")
+    group.add_argument("--init", type=Path, metavar="FILE", help="start from these weights, wherever "
+                       "the shapes fit")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATASET")
+    group.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the "
+                       "one in --out, if there is one")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    group.add_argument("--workers", type=int, help="loader processes (default: what the CPU has "
+                       "to spare, at most 8 for each GPU)")
+    return parser.parse_args()
+
+
+RECIPE_FLAGS = ("data", "skeleton", "input", "variant", "batch_size", "lr", "gamma_warmup",
+                "gamma_ramp", "precision", "compile", "seed", "overfit", "init")
+
+
+def resolve(args):
+    """The flags -> the recipe (a Namespace of plain types), the run's folder, and the content of the
+    checkpoint to resume or None. What is not given comes from that checkpoint, else the defaults."""
+    out, saved = args.out, None
+    if args.resume:
+        out = out or (Path("runs") / (args.dataset or "synthetic") if args.resume == "auto"
+                      else Path(args.resume).parent)
+        path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
+        if args.resume != "auto" or path.exists():
+            saved = load_file(path)
+            if not isinstance(saved, dict) or "optimiser" not in saved:
+                raise InputError(f"{path} is not a checkpoint to resume (that is a run's last.pt); "
+                                 "to start from its weights alone, give it as --init")
+    if saved:
+        recipe = argparse.Namespace(**saved["recipe"])
+        if args.dataset not in (None, recipe.dataset):
+            raise InputError(f"{path} was trained on {recipe.dataset}, not {args.dataset}; --init "
+                             "takes its weights into a new run")
+    else:
+        dataset = args.dataset or "synthetic"
+        info = DATASETS[dataset]
+        recipe = argparse.Namespace(
+            dataset=dataset, data=str(Path("data") / dataset), skeleton=info.skeleton,
+            input=info.size, variant="lapx", **RECIPES[dataset], precision="auto", compile=False,
+            seed=0, overfit=0, init=None)
+    out = out or Path("runs") / recipe.dataset
+    if not args.resume and (out / "last.pt").exists():
+        raise InputError(f"{out} holds a run already: --resume auto goes on with it, --out DIR starts "
+                         "another one elsewhere")
+    old = dict(vars(recipe))
+    if args.epochs is not None and args.epochs != recipe.epochs:
+        if args.epochs < 1:
+            raise InputError(f"--epochs {args.epochs}: there must be at least 1")
+        ratio, recipe.epochs = args.epochs / recipe.epochs, args.epochs
+        recipe.milestones = tuple(milestone * ratio for milestone in recipe.milestones)
+        recipe.gamma_warmup, recipe.gamma_ramp = recipe.gamma_warmup * ratio, recipe.gamma_ramp * ratio
+    for flag in RECIPE_FLAGS:
+        value = getattr(args, flag)
+        if value is not None:
+            setattr(recipe, flag, str(value) if isinstance(value, Path) else value)
+    if recipe.batch_size < 1 or not recipe.lr > 0 or recipe.overfit < 0:
+        raise InputError("--batch-size and --lr must be above 0, --overfit not below")
+    if recipe.precision == "auto":
+        recipe.precision = fast_precision(args.device)
+    if saved:
+        fixed = [key for key in ("skeleton", "variant") if old[key] != getattr(recipe, key)]
+        if fixed:
+            raise InputError(f"a run can't change its {' and '.join(fixed)} when it is resumed; --init "
+                             "takes the weights into a new run")
+    return recipe, out, saved, {key: value for key, value in old.items() if value != vars(recipe)[key]}
+
+
+def fast_precision(device):
+    """bfloat16 where the device computes in it (it trained to the same accuracy), else float32."""
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu" and Path("/proc/cpuinfo").exists():
+        fast = re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
+    else:
+        fast = False
+    return "bfloat16" if fast else "float32"
+
+
+def main():
+    args = parse()
+    args.device = evaluate.choose_device(args.device)
+    recipe, out, saved, changed = resolve(args)
+    if args.workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.workers = min(8, cores - 1) if args.device == "cuda" else 1
+    run = Run(recipe, out, args.device, args.workers)
+    if saved:
+        run.resume(saved)
+        run.say(f"resumed after epoch {run.epoch}, step {run.step} of the next")
+        for key, value in changed.items():
+            run.say(f"the recipe changes: {key} was {value}, is now {vars(recipe)[key]}")
+    elif changed.get("epochs"):
+        run.say(f"{recipe.epochs} epochs, not {changed['epochs']}: milestones and gamma schedule are "
+                "scaled in proportion")
+    if run.epoch >= recipe.epochs:
+        run.say(f"all {recipe.epochs} epochs are done: nothing to do")
+        return
+    facts = {"parameters": sum(p.numel() for p in run.model.parameters()), "torch": torch.__version__,
+             "device": torch.cuda.get_device_name(run.device) if args.device == "cuda" else args.device,
+             "processes": run.world, "batch per process": run.batches.batch_size // run.world,
+             "loader processes": args.workers}
+    for key, value in {**vars(recipe), **facts, "out": str(out)}.items():
+        run.say(f"  {key:18} {value}")
+    if run.rank == 0:
+        data.write_file(out / "recipe.json", json.dumps({**vars(recipe), **facts}, indent=1) + "\n")
+    try:
+        run.train()
+    except Stopped:
+        run.save()
+        run.say(f"stopped in epoch {run.epoch + 1} after step {run.step} of {run.batches.steps}; go on "
+                f"with: python train.py --resume {out / 'last.pt'}")
+        sys.exit(128 + run.stop.number)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(f"a loader process died ({str(error).splitlines()[0]}), often for want of "
+                         "memory; go on with --resume auto and fewer --workers") from None
+    finally:
+        if run.world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run(main)
