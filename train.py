@@ -283,18 +283,19 @@ class Run:
             return data.load_people(recipe.dataset, root, split, self.size, self.skeleton,
                                     quiet=self.rank > 0)
 
-        people = people_of(info.train)
+        people = people_of(recipe.splits[0])
         if recipe.overfit:  # the same pictures to train and to score, exactly as they are
             _, first = np.unique(people.image_id, return_index=True)
             pictures = people.image_id[np.sort(first)[:recipe.overfit]]
             rows = np.flatnonzero(np.isin(people.image_id, pictures))
-            self.truth = evaluate.read_truth(people, recipe.dataset, root, info.train, rows)
+            self.truth = evaluate.read_truth(people, recipe.dataset, root, recipe.splits[0],
+                                             rows)
             people = self.valid = people.rows(rows)
             augmentation = None
             self.say(f"overfitting {len(people)} persons in {len(pictures)} pictures, unaugmented")
         else:
-            self.valid = people_of(info.valid)
-            self.truth = evaluate.read_truth(self.valid, recipe.dataset, root, info.valid)
+            self.valid = people_of(recipe.splits[1])
+            self.truth = evaluate.read_truth(self.valid, recipe.dataset, root, recipe.splits[1])
         batch = min(recipe.batch_size, len(people)) // self.world * self.world
         if batch != recipe.batch_size:
             self.say(f"batches of {batch}, not {recipe.batch_size}: there are {len(people)} persons "
@@ -429,10 +430,11 @@ def log_table(history):
 def draw_curve(history):
     """Loss, score and gamma over the epochs: a Pillow picture with three panels."""
     epochs = [row["epoch"] for row in history]
-    metric = "AP" if "AP" in history[0]["metrics"] else "Mean"
-    panels = [("loss", [[row["loss"] for row in history]]),
-              ("AP" if metric == "AP" else "PCKh@0.5", [[row["metrics"][metric] for row in history]]),
-              ("gamma", list(zip(*(row["gamma"] for row in history))))]
+    metric, name = ("AP", "AP") if "AP" in history[0]["metrics"] else ("Mean", "PCKh@0.5")
+    gammas = {f"module {number}": values for number, values
+              in enumerate(zip(*(row["gamma"] for row in history)), start=1)}
+    panels = [("loss", {"": [row["loss"] for row in history]}),
+              (name, {"": [row["metrics"][metric] for row in history]}), ("gamma", gammas)]
     return data.line_charts(epochs, [panel for panel in panels if panel[1]], "epoch")
 
 
@@ -459,6 +461,8 @@ def parse():
     data.add_data_arguments(parser, default=None)
     group = parser.add_argument_group("recipe (default: the data set's, below)")
     group.add_argument("--variant", choices=VARIANTS, help="default: lapx")
+    group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"), help="default: train valid, "
+                       "or train2017 val2017 for coco")
     group.add_argument("--epochs", type=int, help="another number than the recipe's scales its "
                        "milestones and gamma schedule in proportion")
     group.add_argument("--batch-size", type=int, help="in total, over all processes")
@@ -484,8 +488,8 @@ def parse():
     return parser.parse_args()
 
 
-RECIPE_FLAGS = ("data", "skeleton", "input", "variant", "batch_size", "lr", "gamma_warmup",
-                "gamma_ramp", "precision", "compile", "seed", "overfit", "init")
+RECIPE_FLAGS = ("data", "splits", "skeleton", "input", "variant", "batch_size", "lr",
+                "gamma_warmup", "gamma_ramp", "precision", "compile", "seed", "overfit", "init")
 
 
 def resolve(args):
@@ -510,8 +514,8 @@ def resolve(args):
         dataset = args.dataset or "synthetic"
         info = DATASETS[dataset]
         recipe = argparse.Namespace(
-            dataset=dataset, data=str(Path("data") / dataset), skeleton=info.skeleton,
-            input=info.size, variant="lapx", **RECIPES[dataset], precision="auto", compile=False,
+            dataset=dataset, data=str(Path("data") / dataset), splits=[info.train, info.valid],
+            skeleton=info.skeleton, input=info.size, variant="lapx", **RECIPES[dataset], precision="auto", compile=False,
             seed=0, overfit=0, init=None)
     out = out or Path("runs") / recipe.dataset
     if not args.resume and (out / "last.pt").exists():
