@@ -19,7 +19,6 @@ import io
 import json
 import math
 import os
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -603,13 +602,13 @@ def make_loader(dataset, batches, workers, pin_memory=False):
     fork = workers and sys.platform == "linux"  # elsewhere processes can't share, and copy them
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
-        persistent_workers=workers > 0, worker_init_fn=_ignore_signals,
+        persistent_workers=workers > 0, worker_init_fn=_leave_process_group,
         multiprocessing_context="fork" if fork else None)
 
 
-def _ignore_signals(worker):
-    for number in (signal.SIGINT, signal.SIGTERM):  # to stop is the main process's affair
-        signal.signal(number, signal.SIG_IGN)
+def _leave_process_group(worker):
+    if hasattr(os, "setpgrp"):  # Ctrl-C, which goes to a whole group, is the main process's affair
+        os.setpgrp()
 
 
 def normalise(images, bgr=False, mean=MEAN, deviation=STD):

@@ -61,7 +61,8 @@ def read_mat(path, *keys):
     from scipy.io import loadmat  # only where it is needed: it takes a second to import
 
     try:
-        content = loadmat(path)
+        with open(path, "rb") as file:
+            content = loadmat(file)
         return {key: np.asarray(content[key], np.float64) for key in keys}
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
@@ -259,15 +260,20 @@ def coco_ap(content, image_ids, keypoints, scores, areas, sigmas):
     return {name: float(np.mean(value)) for name, value in zip(COCO_METRICS, values)}
 
 
+def person_scores(keypoints, people):
+    """The score of each person, (N,): the mean of its joint scores above 0.2, 0 if there is none,
+    times the score of its box (SimpleBaseline)."""
+    counted = keypoints[..., 2] > 0.2
+    return ((keypoints[..., 2] * counted).sum(1) / np.maximum(counted.sum(1), 1)) * people.score
+
+
 def coco_results(keypoints, people, size, sigmas):
     """Predictions -> what COCO's server takes: a list of {image_id, category_id, keypoints, score}.
 
-    keypoints (N,K,3) in pixels of the pictures. A person's score is the mean of its joint scores
-    above 0.2, times the box's score; then, per picture, OKS-NMS at 0.9 (SimpleBaseline).
+    keypoints (N,K,3) in pixels of the pictures. Of persons on one picture that are more alike than
+    an OKS of 0.9 only the best is kept.
     """
-    joint_scores = keypoints[..., 2]
-    counted = joint_scores > 0.2
-    scores = (joint_scores * counted).sum(1) / np.maximum(counted.sum(1), 1) * people.score
+    scores = person_scores(keypoints, people)
     areas = (200 * people.scale) ** 2 * size[0] / size[1]  # of the padded boxes
     rows_of = {}  # pictures in the order of their first appearance
     for row, image_id in enumerate(people.image_id.tolist()):
@@ -645,7 +651,7 @@ def predict_picture(network, picture, boxes, scores, args):
                     image=picture)
     keypoints, = predict(network, people, network.size, network.skeleton, [not args.no_flip],
                          not args.no_shift, not args.no_offset, args.batch_size)
-    score = keypoints[..., 2].mean(1) * people.score
+    score = person_scores(keypoints, people)
     sigmas = network.skeleton.sigmas or [0.07] * K  # about the mean of COCO's
     areas = (200 * scale) ** 2 * network.size[0] / network.size[1]
     return [(boxes[row], keypoints[row], score[row])
@@ -660,7 +666,7 @@ def write_picture(out, stem, path, picture, persons, sheets, network, threshold)
         for name, (x, y, s) in zip(joints, keypoints)]} for box, keypoints, score in persons]
     data.write_file(out / f"{stem}_pose.json",
                     json.dumps({"picture": str(path), "persons": content}, indent=1) + "\n")
-    drawn, shown = picture.copy(), [person for person in persons if person[2] > threshold / 2]
+    drawn, shown = picture.copy(), [person for person in persons if person[2] > threshold]
     for _, keypoints, _ in reversed(shown):
         data.draw_pose(drawn, keypoints, network.skeleton, threshold)
     data.write_png(out / f"{stem}_pose.png", drawn)

@@ -203,10 +203,8 @@ def train_epoch(run, loader, epoch):
         if progress:
             progress(step + 1)
     seconds = max(time.perf_counter() - start, 1e-9)
-    loss = run.losses.mean()
-    if run.world > 1:
-        dist.all_reduce(loss)
-    return loss.item() / run.world, done * run.world / seconds, waited / seconds
+    run.average_losses()
+    return run.losses.mean().item(), done * run.world / seconds, waited / seconds
 
 
 def check_losses(losses, epoch, first, lr):
@@ -334,6 +332,12 @@ class Run:
         return {"config": asdict(self.model.config), "model": self.model.state_dict(),
                 "info": evaluate.model_info(self.model.config, self.recipe.dataset, self.skeleton,
                                             self.size)}
+
+    def average_losses(self):
+        """The losses of this process's shares of the batches -> those of the whole batches."""
+        if self.world > 1:
+            dist.all_reduce(self.losses)
+            self.losses /= self.world
 
     def save(self, name="last.pt", content=None):
         """Writes a checkpoint: the old one is replaced when the new one is whole on the disk."""
@@ -526,8 +530,9 @@ def resolve(args):
         if args.epochs < 1:
             raise InputError(f"--epochs {args.epochs}: there must be at least 1")
         ratio, recipe.epochs = args.epochs / recipe.epochs, args.epochs
-        recipe.milestones = tuple(milestone * ratio for milestone in recipe.milestones)
-        recipe.gamma_warmup, recipe.gamma_ramp = recipe.gamma_warmup * ratio, recipe.gamma_ramp * ratio
+        recipe.milestones = tuple(round(milestone * ratio, 3) for milestone in recipe.milestones)
+        recipe.gamma_warmup = round(recipe.gamma_warmup * ratio, 3)
+        recipe.gamma_ramp = round(recipe.gamma_ramp * ratio, 3)
     for flag in RECIPE_FLAGS:
         value = getattr(args, flag)
         if value is not None:
@@ -585,6 +590,7 @@ def main():
     try:
         run.train()
     except Stopped:
+        run.average_losses()
         run.save()
         run.say(f"stopped in epoch {run.epoch + 1} after step {run.step} of {run.batches.steps}; go on "
                 f"with: python train.py --resume {out / 'last.pt'}")
@@ -592,6 +598,8 @@ def main():
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        if run.stop.number:  # whoever sent the signal sent it to the loader's processes as well
+            sys.exit(f"stopped in epoch {run.epoch + 1}; go on from its start with --resume auto")
         raise InputError(f"a loader process died ({str(error).splitlines()[0]}), often for want of "
                          "memory; go on with --resume auto and fewer --workers") from None
     finally:
