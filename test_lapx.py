@@ -779,6 +779,12 @@ def test_loss_is_the_papers_equation():
 def test_gamma_is_frozen_then_raised_then_learnt():
     values = [train.gamma_at(epochs, 10, 50, 0.2) for epochs in (0.1, 10, 10.5, 35, 60, 60.01)]
     assert values == pytest.approx([0, 0, 0.002, 0.1, 0.2, None])
+    gammas = [nn.Parameter(torch.full((1,), 0.7))]
+    assert train.set_gamma(gammas, 35, 0.5, 10, 50, 0.2) and gammas[0].item() == pytest.approx(0.1)
+    gammas[0].data.fill_(0.7)
+    assert not train.set_gamma(gammas, 60.3, 0.5, 10, 50, 0.2) and gammas[0].item() == pytest.approx(0.2)
+    gammas[0].data.fill_(0.7)
+    assert not train.set_gamma(gammas, 61, 0.5, 10, 50, 0.2) and gammas[0].item() == pytest.approx(0.7)
 
 
 def test_learning_rate_drops_after_the_milestones():
@@ -840,13 +846,13 @@ def test_a_run_prints_and_writes_what_it_should(finished, mpii):
 def test_gamma_in_a_run_is_frozen_and_then_learnt_from_a_fresh_state(finished):
     gammas = [[float(value) for value in line.split(",")[3].split()]
               for line in (finished[0] / "log.csv").read_text().splitlines()[1:]]
-    assert gammas[0] == [0, 0] and gammas[1] == [0.1, 0.1]  # row11's target
+    assert gammas[0] == [0, 0] and gammas[1] == [0.05, 0.05]  # half of row11's target
     assert gammas[2] != [0.1, 0.1] and gammas[3] != gammas[2]
     last = lapx.load_file(finished[0] / "last.pt")
     names = [name for name, _ in lapx.lapx(weights=finished[0] / "last.pt").named_parameters()]
     steps = {name: int(last["optimiser"]["state"][index]["step"]) for index, name in enumerate(names)}
     assert steps["stem.conv.weight"] == 8
-    assert all(count == 4 for name, count in steps.items() if name.endswith("gamma"))
+    assert all(count == 3 for name, count in steps.items() if name.endswith("gamma"))
 
 
 def test_the_number_of_loader_processes_changes_nothing(finished, mpii, tmp_path):

@@ -24,6 +24,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def gamma_at(epochs, warmup, ramp, target):
     return target * (epochs - warmup) / ramp if epochs > warmup else 0.0
 
 
+def set_gamma(gammas, epochs, step, warmup, ramp, target):
+    """Gives the gammas the value that a step of training, which takes `step` epochs, starts with.
+
+    -> True while they are frozen. At the first step that finds them free they start from target.
+    """
+    gamma = gamma_at(epochs, warmup, ramp, target)
+    frozen = gamma is not None
+    if frozen or gamma_at(epochs - step, warmup, ramp, target) is not None:
+        for parameter in gammas:
+            parameter.data.fill_(gamma if frozen else target)
+    return frozen
+
+
 def heatmap_loss(outputs, targets, weights):
     """The loss with intermediate supervision (eq. 4.1, 4.2), in float32: a scalar.
 
@@ -106,6 +120,20 @@ class EpochBatches:
             yield [(self.epoch, row) for row in batch[self.rank::self.world].tolist()]
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """A tensor summed over all processes; the gradient is summed likewise."""
+
+    @staticmethod
+    def forward(context, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(context, gradient):
+        return SumOverProcesses.forward(context, gradient)
+
+
 class SyncBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the batches of all processes, so that N processes train as one does.
 
@@ -115,11 +143,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # differentiable
-
         wide = x.float()
         moments = torch.cat([wide.mean((0, 2, 3)), (wide * wide).mean((0, 2, 3))])  # (2C,)
-        mean, square = (all_reduce(moments) / dist.get_world_size()).chunk(2)
+        mean, square = (SumOverProcesses.apply(moments) / dist.get_world_size()).chunk(2)
         variance = square - mean * mean
         with torch.no_grad():
             n = x.numel() // x.shape[1] * dist.get_world_size()
@@ -178,20 +204,17 @@ def train_epoch(run, loader, epoch):
         targets, weights = gaussian_targets(  # (B,K,h,w), (B,K)
             joints.to(device, non_blocking=True), visible.to(device, non_blocking=True),
             run.size, target_sigma(run.size))
-        gamma = gamma_at(epoch + (step + 1) / steps, recipe.gamma_warmup, recipe.gamma_ramp,
-                         run.model.config.gamma_target)
-        if gamma is not None:
-            for parameter in gammas:
-                parameter.data.fill_(gamma)
+        frozen = set_gamma(gammas, epoch + step / steps, 1 / steps, recipe.gamma_warmup,
+                           recipe.gamma_ramp, run.model.config.gamma_target)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             outputs = run.net(images)  # S x (B,K,h,w)
         loss = heatmap_loss(outputs, targets, weights)
         run.optimiser.zero_grad()
         loss.backward()
-        if gamma is not None:  # frozen: Adam does not see it, and has no state of it when it is freed
-            for parameter in gammas:
-                parameter.grad = None
+        if frozen:  # Adam does not see gamma, and has no state of it when it is freed
+            for gamma in gammas:
+                gamma.grad = None
         run.optimiser.step()
 
         run.losses[step], run.step, done = loss.detach(), step + 1, done + len(images)
@@ -320,7 +343,8 @@ class Run:
                 if isinstance(module, nn.BatchNorm2d):
                     module.__class__ = SyncBatchNorm  # the same tensors, another forward
             # gamma is set to the same value, or moved by the same gradient, in every process
-            self.net = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False)
+            warnings.filterwarnings("ignore", "Grad strides do not match")  # those of 1x1 tensors
+            self.net = nn.parallel.DistributedDataParallel(self.model)
         if recipe.compile:  # on a GPU the step becomes one CUDA graph
             self.net = torch.compile(
                 self.net, mode="reduce-overhead" if self.device.type == "cuda" else None)
