@@ -326,7 +326,8 @@ class Network:
             info = self.open_onnx(path, threads)
         else:
             content = load_file(path)
-            self.model = from_checkpoint(content, path).eval().to(self.device)
+            self.model = from_checkpoint(content, path).eval().to(
+                self.device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
             config = self.model.config
             guess = {16: "mpii", 17: "coco"}.get(config.num_joints)
             info = content.get("info") if isinstance(content, dict) else None
@@ -587,6 +588,9 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 def evaluate_pictures(args):
     """Predicts, draws and writes one's own pictures; a broken one is told and left out."""
     network, failed, used = open_network(args), 0, set()
+    if args.attention and args.attention not in network.skeleton.joints:
+        raise InputError(f"--attention {args.attention!r} is none of the network's joints: "
+                         f"{', '.join(network.skeleton.joints)}")
     paths = [path for given in args.image for path in
              (sorted(p for p in given.iterdir() if p.suffix.lower() in PICTURES)
               if given.is_dir() else [given])]
@@ -687,7 +691,8 @@ def crop_of(network, picture, box):
 def draw_heatmaps(network, picture, box):
     """A sheet: a row for each stage, a column for each joint, the heatmap over the crop."""
     images, _ = crop_of(network, picture, box)
-    seen = Image.fromarray(images[0].numpy()).resize((network.size[1] // 2, network.size[0] // 2))
+    height, width = network.size
+    seen = Image.fromarray(images[0].numpy()).resize((128, 128 * height // width))
     stages = network.stages(images)
     tiles = [data.titled(data.heat(seen, heatmap, max(float(heatmap.max()), 1e-6)),
                          f"{number}: {name} {float(heatmap.max()):.2f}", 16)
@@ -715,18 +720,21 @@ def draw_attention(network, picture, box, keypoints, joint):
     for hook in hooks:
         hook.remove()
     seen, tiles = Image.fromarray(images[0].numpy()), []
-    x, y = transform(keypoints[network.skeleton.joints.index(joint), :2][None], matrix)[0]
+    seen = seen.resize((2 * seen.width, 2 * seen.height))
+    (x, y), = transform(keypoints[network.skeleton.joints.index(joint), :2][None], matrix)
     for number, gamma, (h, w), attention in maps:
-        column = int(np.clip(x * w / seen.width, 0, w - 1))
-        row = int(np.clip(y * h / seen.height, 0, h - 1))
+        cell_width, cell_height = seen.width / w, seen.height / h
+        column = int(np.clip(2 * x // cell_width, 0, w - 1))
+        row = int(np.clip(2 * y // cell_height, 0, h - 1))
         looks = attention[row * w + column].reshape(h, w)
-        looks = Image.fromarray(looks).resize(seen.size, Image.Resampling.NEAREST)
-        tile = data.heat(seen, looks, float(np.max(looks)))
-        cell = np.array([column, row, column + 1, row + 1]) * np.tile((seen.width / w,
-                                                                       seen.height / h), 2)
-        ImageDraw.Draw(tile).rectangle(tuple(cell), outline=data.MIDDLE, width=2)
-        tiles.append(data.titled(tile, f"stage {number}, gamma {gamma:.3f}, {joint}, up to "
-                                       f"{np.max(looks):.2f}"))
+        low, high = looks.min(), looks.max()
+        spread = Image.fromarray(looks - low).resize(seen.size, Image.Resampling.NEAREST)
+        tile = data.heat(seen, spread, max(high - low, 1e-9) / 0.6)  # the picture shines through
+        ImageDraw.Draw(tile).rectangle(
+            (column * cell_width, row * cell_height, (column + 1) * cell_width,
+             (row + 1) * cell_height), outline=data.MIDDLE, width=3)
+        tiles.append(data.titled(tile, f"stage {number}, gamma {gamma:.2f}, from the {joint}'s cell: "
+                                       f"{low:.1%} to {high:.1%} a cell"))
     return data.grid(tiles, columns=len(tiles))
 
 
