@@ -585,17 +585,23 @@ def evaluate_results(args):
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
+def pictures_in(places):
+    """The pictures among files and in folders, as paths; InputError if there is none."""
+    paths = [path for place in places for path in
+             (sorted(path for path in place.iterdir() if path.suffix.lower() in PICTURES)
+              if place.is_dir() else [place])]
+    if not paths:
+        raise InputError(f"{places[0]} has no pictures ({', '.join(sorted(PICTURES))})")
+    return paths
+
+
 def evaluate_pictures(args):
     """Predicts, draws and writes one's own pictures; a broken one is told and left out."""
     network, failed, used = open_network(args), 0, set()
     if args.attention and args.attention not in network.skeleton.joints:
         raise InputError(f"--attention {args.attention!r} is none of the network's joints: "
                          f"{', '.join(network.skeleton.joints)}")
-    paths = [path for given in args.image for path in
-             (sorted(p for p in given.iterdir() if p.suffix.lower() in PICTURES)
-              if given.is_dir() else [given])]
-    if not paths:
-        raise InputError(f"{args.image[0]} has no pictures ({', '.join(sorted(PICTURES))})")
+    paths = pictures_in(args.image)
     detected = read_detections(args.boxes) if args.boxes != "gt" else None
     for path in paths:
         stem = path.stem
