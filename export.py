@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import operator
-import os
 import platform
 import re
 import subprocess
@@ -474,19 +473,257 @@ def export(args):
     print(f"wrote {args.out}")
 
 
+# ---------------------------------------------------------------------------- timing
+
+def open_session(path, threads=1, profile=None):
+    """An ONNX Runtime session on the CPU; InputError if the file is not one for it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no public classes of errors
+        raise InputError(f"{path} can't be opened by ONNX Runtime "
+                         f"({str(error).splitlines()[0]})") from None
+
+
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8,
+               "tensor(double)": np.float64, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+
+
+def random_inputs(session, path, size=None):
+    """Values for the inputs of any graph: open batches are 1, open heights and widths are size."""
+    feed, rng = {}, np.random.default_rng(0)
+    for item in session.get_inputs():
+        shape = [dimension if isinstance(dimension, int) and dimension > 0 else
+                 1 if place == 0 else size[place - len(item.shape)] if size and place >= 2 else None
+                 for place, dimension in enumerate(item.shape)]
+        if None in shape or item.type not in NUMPY_TYPES:
+            raise InputError(f"{path}: the input {item.name} {item.shape} {item.type} can't be made up; "
+                             "open heights and widths are given with --input HxW")
+        feed[item.name] = (255 * rng.random(shape)).astype(NUMPY_TYPES[item.type]) if (
+            item.type.startswith("tensor(u")) else rng.standard_normal(shape).astype(
+                NUMPY_TYPES[item.type])
+    return feed
+
+
+def count_onnx(path, feed):
+    """An ONNX file's parameters and its multiply-adds for these inputs, None where they can't be
+    counted (a shape that is not known before it runs)."""
+    import onnx
+
+    model = onnx.load(path)
+    weights = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    parameters = sum(math.prod(tensor.dims) for tensor in model.graph.initializer
+                     if tensor.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL))
+    for item in model.graph.input:
+        if item.name in feed:
+            for dimension, value in zip(item.type.tensor_type.shape.dim, feed[item.name].shape):
+                dimension.dim_value = value
+    del model.graph.value_info[:]  # shapes with open batches
+    for item in model.graph.output:
+        item.type.tensor_type.ClearField("shape")
+    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    shapes = {item.name: [dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
+              for item in [*model.graph.value_info, *model.graph.input, *model.graph.output]} | weights
+    total = 0
+    for node in model.graph.node:
+        inputs = [shapes.get(name) for name in node.input]
+        output = shapes.get(node.output[0])
+        if node.op_type in ("Conv", "FusedConv", "ConvInteger"):
+            factors = inputs[1][1:] if inputs[1] else [0]
+        elif node.op_type == "QLinearConv":
+            factors = inputs[3][1:] if inputs[3] else [0]
+        elif node.op_type == "ConvTranspose":
+            output, factors = inputs[0], inputs[1][1:] if inputs[1] else [0]
+        elif node.op_type in ("MatMul", "MatMulInteger", "FusedMatMul"):
+            factors = inputs[0][-1:] if inputs[0] else [0]
+        elif node.op_type == "Gemm":
+            transposed = any(a.name == "transA" and a.i for a in node.attribute)
+            factors = inputs[0][:1] if transposed else inputs[0][1:]
+        else:
+            continue
+        macs = math.prod(output or [0]) * math.prod(factors)
+        if not macs:
+            return parameters, None
+        total += macs
+    return parameters, total
+
+
+MEMORY_PROBE = """
+import re, sys
+import numpy, onnxruntime
+def peak():
+    try:
+        return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 2**10
+    except OSError:  # not Linux
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+before = peak()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = int(sys.argv[3]), 3
+session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+feed = dict(numpy.load(sys.argv[2]))
+for _ in range(3):
+    session.run(None, feed)
+print(peak() - before)
+"""
+
+
+def measure_memory(path, feed, threads):
+    """Megabytes that creating a session and running it add to a fresh process at its peak, the
+    interpreter and the libraries left out; None where the system does not tell (Windows)."""
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "feed.npz", **feed)
+        done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, path, Path(folder) / "feed.npz",
+                               str(threads)], capture_output=True, text=True)
+    if done.returncode:  # Windows has neither
+        return None
+    return float(done.stdout)
+
+
+def cpu_name():
+    """The processor's name, as the system tells it."""
+    try:
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        return match[1] if match else platform.processor() or platform.machine()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def time_files(args):
+    """--time: times files side by side, run by run in turn, so that noise hurts all alike."""
+    import onnxruntime
+
+    print(f"{cpu_name()}, ONNX Runtime {onnxruntime.__version__}, {args.runs} runs in turn after 5 to "
+          "warm up\n" + f"{'file':28} {'threads':>7} {'ms':>8} {'10..90 %':>15} {'FPS':>7} "
+          f"{'ratio':>6} {'RAM MB':>7} {'params M':>9} {'GMAC':>6}")
+    rows = []
+    for threads in args.threads:
+        sessions = [open_session(path, threads) for path in args.time]
+        feeds = [random_inputs(session, path, args.input) for session, path in zip(sessions, args.time)]
+        seconds = np.zeros((args.runs + 5, len(sessions)))
+        for run in range(args.runs + 5):
+            for number, (session, feed) in enumerate(zip(sessions, feeds)):
+                start = time.perf_counter()
+                session.run(None, feed)
+                seconds[run, number] = time.perf_counter() - start
+        low, median, high = 1e3 * np.quantile(seconds[5:], (0.1, 0.5, 0.9), axis=0)
+        for number, (path, feed) in enumerate(zip(args.time, feeds)):
+            parameters, macs = count_onnx(path, feed)
+            row = {"file": str(path), "threads": threads, "ms": median[number], "ms_10": low[number],
+                   "ms_90": high[number], "fps": 1e3 / median[number],
+                   "ratio": median[0] / median[number], "ram_mb": measure_memory(path, feed, threads),
+                   "parameters": parameters, "multiply_adds": macs}
+            rows.append(row)
+            optional = [f"{value:{form}}" if value is not None else "-" for value, form in
+                        ((row["ram_mb"], ".1f"), (parameters / 1e6, ".2f"),
+                         (macs and macs / 1e9, ".2f"))]
+            print(f"{Path(path).name:28} {threads:7} {row['ms']:8.2f} "
+                  f"{row['ms_10']:7.2f}{row['ms_90']:8.2f} {row['fps']:7.1f} {row['ratio']:6.2f} "
+                  f"{optional[0]:>7} {optional[1]:>9} {optional[2]:>6}", flush=True)
+    if args.out:
+        facts = {"cpu": cpu_name(), "onnxruntime": onnxruntime.__version__, "runs": args.runs,
+                 "results": rows}
+        buffer = io.StringIO()
+        table = csv.DictWriter(buffer, rows[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        data.write_file(args.out / "timing.json", json.dumps(facts, indent=1) + "\n")
+        data.write_file(args.out / "timing.csv", buffer.getvalue())
+        data.write_png(args.out / "timing.png", draw_timing(rows[:len(args.time)], facts))
+        print(f"wrote {args.out}/: timing.json, timing.csv, timing.png")
+
+
+def draw_timing(rows, facts):
+    """The paper's Figure 3: multiply-adds against frames per second, a bubble's area its
+    parameters."""
+    picture = Image.new("RGB", (760, 520), "white")
+    draw = ImageDraw.Draw(picture)
+    rows = [row for row in rows if row["multiply_adds"]]
+    if not rows:
+        return picture
+    axes = data.Axes(draw, (70, 50, 730, 450), [row["multiply_adds"] / 1e9 for row in rows],
+                     [0, *(row["fps"] for row in rows)], "multiply-adds (10^9)",
+                     f"frames per second, {facts['cpu']}, {rows[0]['threads']} thread(s); area: "
+                     "parameters", margin=0.25)
+    largest = max(row["parameters"] for row in rows)
+    colours = (data.RIGHT, data.LEFT, data.MIDDLE, (220, 80, 160), (150, 110, 230))
+    for number, row in enumerate(sorted(rows, key=lambda row: -row["parameters"])):
+        x, y = axes(row["multiply_adds"] / 1e9, row["fps"])
+        radius = 34 * math.sqrt(row["parameters"] / largest)
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), colours[number % 5], (0, 0, 0))
+        draw.text((x + radius + 4, y), f"{Path(row['file']).stem}\n{row['parameters'] / 1e6:.2f} M, "
+                  f"{row['fps']:.1f} FPS", (0, 0, 0), data.font(size=13), "lm")
+    return picture
+
+
+def profile(args):
+    """--profile: where the time goes in one file, per operator, from ONNX Runtime's own profile."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(args.profile, args.threads[0], str(Path(folder) / "profile"))
+        feed = random_inputs(session, args.profile, args.input)
+        for _ in range(args.runs):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    spent, calls = defaultdict(float), defaultdict(int)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            spent[event["args"]["op_name"]] += event["dur"] / 1e3 / args.runs
+            calls[event["args"]["op_name"]] += 1
+    total = sum(spent.values())
+    print(f"{args.profile}, {cpu_name()}, {args.threads[0]} thread(s), mean of {args.runs} runs, the "
+          f"measuring included\n{'operator':24} {'ms':>8} {'share':>7} {'nodes':>6}")
+    for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"{name:24} {milliseconds:8.2f} {milliseconds / total:7.1%} "
+              f"{calls[name] // args.runs:6}")
+    print(f"{'total':24} {total:8.2f}")
+
+
+# ---------------------------------------------------------------------------- command line
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path)
-    parser.add_argument("--input", type=data.image_size)
-    parser.add_argument("--skeleton", choices=SKELETONS)
-    parser.add_argument("--out", type=Path, default=Path("lapx.onnx"))
-    parser.add_argument("--batch", type=int)
-    for f in ("--plain","--int8","--all-stages","--keypoints"): parser.add_argument(f, action="store_true")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--image", type=Path, nargs="+")
+    group = parser.add_argument_group("export")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint or .tar file")
+    group.add_argument("--input", type=data.image_size, metavar="HxW",
+                       help="default: what the checkpoint says")
+    group.add_argument("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
+    group.add_argument("--batch", type=int, metavar="N", help="fixes the batch (default: open)")
+    group.add_argument("--all-stages", action="store_true", help="heatmaps of all stages as outputs")
+    group.add_argument("--keypoints", action="store_true",
+                       help="decoded keypoints (B,K,3), in pixels of the input, as an output")
+    group.add_argument("--plain", action="store_true", help="the network as it was trained")
+    group.add_argument("--int8", action="store_true", help="computes in 8 bits; ranges from 64 crops "
+                       "of the data set's training people, or from --image")
+    group.add_argument("--data", type=Path, metavar="DIR", help="for --int8: the data set's folder "
+                       "(default: data/DATASET)")
+    group.add_argument("--image", type=Path, nargs="+", metavar="PATH",
+                       help="for --int8: pictures or folders instead, each with one person")
+    group = parser.add_argument_group("time")
+    group.add_argument("--time", type=Path, nargs="+", metavar="ONNX", help="time files side by side")
+    group.add_argument("--profile", type=Path, metavar="ONNX", help="time per operator")
+    group.add_argument("--threads", type=int, nargs="+", default=[1], help="default: %(default)s")
+    group.add_argument("--runs", type=int, default=50, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="the file to write (default: "
+                        "lapx.onnx); with --time the folder for JSON, CSV and the figure")
     args = parser.parse_args()
-    export(args)
+    if sum(map(bool, (args.weights, args.time, args.profile))) != 1:
+        parser.error("give one of --weights FILE, --time ONNX..., --profile ONNX")
+    if args.plain and args.int8:
+        parser.error("--plain is the float32 network as it was trained, --int8 another one")
+    if args.runs < 1 or min(args.threads) < 1 or (args.batch is not None and args.batch < 1):
+        parser.error("--runs, --threads and --batch are numbers from 1 on")
+    if args.weights:
+        args.out = args.out or Path("lapx.onnx")
+    (export if args.weights else time_files if args.time else profile)(args)
 
 
 if __name__ == "__main__":
