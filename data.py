@@ -13,6 +13,7 @@ its width / 200, a quarter of margin included. Sizes are (height, width), as in 
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import io
@@ -191,7 +192,8 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"{path} can't be written ({error.strerror}); what was there before is "
                          "untouched") from None
 
@@ -723,7 +725,7 @@ class Axes:
         self.box, self.ranges = box, []
         for values in (xs, ys):
             low, high = min(values), max(values)
-            room = (high - low) * margin or abs(high) * 0.1 or 1
+            room = (high - low) * margin if high > low else abs(high) * 0.1 or 1
             self.ranges.append((low - room, high + room))
         left, top, right, bottom = box
         for value in ticks(*self.ranges[0]):

@@ -25,8 +25,8 @@ from PIL import Image, ImageDraw
 import data
 from data import (DATASETS, PADDING, People, PoseDataset, affine, flip_order, invert, normalise,
                   transform)
-from lapx import MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, decode, variant_name
-from lapx import from_checkpoint, load_file
+from lapx import (MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, decode, from_checkpoint,
+                  heatmap_size, load_file, variant_name)
 
 
 # ---------------------------------------------------------------------------- PCKh (MPII)
@@ -309,8 +309,31 @@ def oks_nms(points, scores, areas, sigmas, threshold=0.9):
 def model_info(config, dataset, skeleton, size):
     """All that belongs to a network's weights, as plain types: kept in checkpoints and ONNX files,
     so that no flag has to be repeated."""
-    return {"variant": variant_name(config), "dataset": dataset, "skeleton": asdict(skeleton),
-            "input": list(size), "mean": list(MEAN), "std": list(STD), "colour": "RGB"}
+    return {"variant": config and variant_name(config), "dataset": dataset,
+            "skeleton": asdict(skeleton), "input": list(size), "mean": list(MEAN), "std": list(STD), "colour": "RGB"}
+
+
+def open_session(path, threads=0, profile=None, optimised=True):
+    """An ONNX Runtime session on the CPU; InputError if the file is not one for it.
+
+    threads: 0 for one per core. profile: a prefix of the file that it writes its profile to.
+    optimised: False runs the graph as it is written.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    if not Path(path).is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has no public classes of errors
+        raise InputError(f"{path} can't be opened by ONNX Runtime "
+                         f"({str(error).splitlines()[0]})") from None
 
 
 class Network:
@@ -320,10 +343,11 @@ class Network:
     InputError if the file is broken, or lacks what neither it nor the arguments tell.
     """
 
-    def __init__(self, path, device="cpu", size=None, skeleton=None, bgr=False, threads=None):
+    def __init__(self, path, device="cpu", size=None, skeleton=None, bgr=False, threads=0):
         self.device, self.model, self.session = torch.device(device), None, None
         if Path(path).suffix == ".onnx":
-            info = self.open_onnx(path, threads)
+            self.session = open_session(path, threads)
+            info = json.loads(self.session.get_modelmeta().custom_metadata_map.get("lapx", "null"))
         else:
             content = load_file(path)
             self.model = from_checkpoint(content, path).eval().to(
@@ -343,19 +367,25 @@ class Network:
                                    for name, values in self.info["skeleton"].items()})
         self.skeleton, self.size = skeleton, tuple(size or self.info["input"])
         self.bgr = bgr or self.info["colour"] == "BGR"
+        if self.session:
+            self.check_onnx(path)
 
-    def open_onnx(self, path, threads):
-        import onnxruntime
+    def check_onnx(self, path):
+        """Finds the outputs that are heatmaps; InputError if the file's shapes don't fit."""
+        def fits(shape, wanted):  # what is open has a name in place of a number
+            return len(shape) == 4 and all(not isinstance(fixed, int) or fixed == number
+                                           for fixed, number in zip(shape[1:], wanted))
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        try:
-            self.session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has no public classes of errors
-            raise InputError(f"{path} can't be opened by ONNX Runtime "
-                             f"({str(error).splitlines()[0]})") from None
-        info = self.session.get_modelmeta().custom_metadata_map.get("lapx")
-        return json.loads(info) if info else None
+        takes, gives = self.session.get_inputs()[0].shape, self.session.get_outputs()
+        if not fits(takes, (3, *self.size)):
+            raise InputError(f"{path} takes images of the shape {takes}, not (B, 3, {self.size[0]}, "
+                             f"{self.size[1]}); choose --input accordingly")
+        K = len(self.skeleton.joints)
+        self.outputs = [output.name for output in gives
+                        if fits(output.shape, (K, *heatmap_size(*self.size)))]
+        if not self.outputs:
+            raise InputError(f"{path} gives no heatmaps of {K} joints, but outputs of the shapes "
+                             f"{[output.shape for output in gives]}; choose --skeleton accordingly")
 
     def prepare(self, images):
         return normalise(images.to(self.device, non_blocking=True), self.bgr,
@@ -367,9 +397,13 @@ class Network:
         images = self.prepare(images)
         if self.session is None:
             return [heatmaps.float() for heatmaps in self.model(images)]
-        feed = {self.session.get_inputs()[0].name: np.ascontiguousarray(images.numpy())}
-        outputs = [torch.from_numpy(output) for output in self.session.run(None, feed)]
-        return [output for output in outputs if output.ndim == 4]
+        takes = self.session.get_inputs()[0]
+        batch = takes.shape[0] if isinstance(takes.shape[0], int) else len(images)
+        filled = np.concatenate([images.numpy(), np.zeros((-len(images) % batch, *images.shape[1:]),
+                                                          np.float32)])
+        runs = [self.session.run(self.outputs, {takes.name: filled[start:start + batch]})
+                for start in range(0, len(filled), batch)]
+        return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
 
     def __call__(self, images):
         return self.stages(images)[-1]

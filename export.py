@@ -37,8 +37,8 @@ from torch import nn
 import data
 import evaluate
 from data import DATASETS
-from lapx import (ATTENTION, SKELETONS, STRIDE, Block, InputError, Stage, Stem, decode,
-                  variant_name)
+from lapx import (ECA, SKELETONS, STRIDE, Block, ChannelPool, InputError, NonLocal, Stage, Stem,
+                  decode, variant_name)
 
 OPSET = 18
 TOLERANCE = 1e-5  # of a float32 file: largest difference to PyTorch, relative to the largest value
@@ -284,17 +284,35 @@ class QuantConv(nn.Module):
                         conv.dilation, conv.groups)
 
 
+class PooledECA(ECA):
+    """ECA whose mean and maximum are poolings, which ONNX Runtime computes in 8 bits."""
+
+    def forward(self, x):
+        pixels = x.shape[2:]
+        descriptor = (F.avg_pool2d(x, pixels) + F.max_pool2d(x, pixels)).flatten(1)  # (B,C)
+        return x * self.conv(descriptor[:, None]).sigmoid().transpose(1, 2)[..., None]
+
+
+class LastChannelPool(ChannelPool):
+    """ChannelPool over the last of the axes, behind which 8-bit values lie in memory anyway."""
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)  # (B,h,w,C)
+        return torch.stack([x.amax(3), x.mean(3)], dim=1)
+
+
 class _Tracer(torch.fx.Tracer):
-    """Looks into everything but the attention modules, which stay in float32."""
+    """Looks into everything but the Non-Local modules, which stay in float32."""
 
     def is_leaf_module(self, module, name):
-        return isinstance(module, tuple(ATTENTION.values())) or super().is_leaf_module(module, name)
+        return isinstance(module, NonLocal) or super().is_leaf_module(module, name)
 
 
 @torch.no_grad()
 def quantise(model, crops, all_stages=False):
-    """A trained LAPX -> a Heatmaps that computes in 8 bits, but for the attention and the heads.
+    """A trained LAPX -> a Heatmaps that computes in 8 bits.
 
+    What gates, the Non-Local modules and the heads compute in float32, from 8-bit values.
     crops: normalised images (N,3,H,W) like those it will see, for the ranges of all values.
     """
     model = copy.deepcopy(model).eval()
@@ -309,6 +327,10 @@ def quantise(model, crops, all_stages=False):
                 module.shortcut, module.alpha = depthwise(module.alpha.flatten()), None
         elif isinstance(module, (Stem, Stage)):
             fold(module, "conv", "bn")
+        elif isinstance(module, ECA):
+            module.__class__ = PooledECA
+        elif isinstance(module, ChannelPool):
+            module.__class__ = LastChannelPool
     model.stages = nn.ModuleList(DeployedStage(stage) for stage in model.stages)
     root = Heatmaps(model, all_stages)
     graph = _Tracer().trace(root)
@@ -316,7 +338,7 @@ def quantise(model, crops, all_stages=False):
         if node.op == "call_module" and isinstance(root.get_submodule(node.target), nn.Identity):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    source = {}  # a node of the graph -> the Quant that its values come from
+    source = {}  # a node of the graph whose values are of 8 bits -> the Quant that they come from
 
     def quantise_output(node, quant):
         name = f"quant_{node.name}"
@@ -332,18 +354,22 @@ def quantise(model, crops, all_stages=False):
 
     for node in list(graph.nodes):
         module = root.get_submodule(node.target) if node.op == "call_module" else None
+        quantised = all(argument in source for argument in node.args)  # its inputs are
         if isinstance(module, nn.ELU):
             replace(node, QuantELU())
             source[node] = root.get_submodule(node.target).behind
-        elif isinstance(module, nn.Conv2d) and not node.target.endswith("head"):
+        elif isinstance(module, nn.Conv2d) and quantised and not node.target.endswith("head"):
             replace(node, QuantConv(module, source[node.args[0]]))
             if not all(user.op == "call_module" and isinstance(root.get_submodule(user.target), nn.ELU)
                        for user in node.users):  # a QuantELU quantises its input itself
                 quantise_output(node, Quant())
-        elif node.op == "placeholder" or node.target is operator.add or isinstance(
-                module, tuple(ATTENTION.values())):
+        elif node.op == "placeholder" or isinstance(module, NonLocal) or (
+                node.target is operator.add and quantised):
             quantise_output(node, Quant())
-        elif node.target in (F.max_pool2d, F.interpolate):  # these choose among the source's values
+        elif node.target is operator.mul and node.args[0] in source:  # by a gate of an attention
+            quantise_output(node.args[1], Quant())
+            quantise_output(node, Quant())
+        elif node.target in (F.max_pool2d, F.avg_pool2d, F.interpolate):  # stay in their range
             quantise_output(node, source[node.args[0]])
     quantised = torch.fx.GraphModule(root, graph)
     for start in range(0, len(crops), 8):
@@ -475,24 +501,6 @@ def export(args):
 
 # ---------------------------------------------------------------------------- timing
 
-def open_session(path, threads=1, profile=None):
-    """An ONNX Runtime session on the CPU; InputError if the file is not one for it."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such file")
-    try:
-        return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no public classes of errors
-        raise InputError(f"{path} can't be opened by ONNX Runtime "
-                         f"({str(error).splitlines()[0]})") from None
-
-
 NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8,
                "tensor(double)": np.float64, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
@@ -513,47 +521,40 @@ def random_inputs(session, path, size=None):
     return feed
 
 
+def profile_nodes(path, feed, threads=1, runs=1, optimised=True):
+    """The calls of a file's nodes, in order, from ONNX Runtime's profile: a list of {"op_name",
+    "dur" (microseconds), "input_type_shape", "output_type_shape", ..}."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = evaluate.open_session(path, threads, str(Path(folder) / "profile"), optimised)
+        for _ in range(runs):
+            session.run(None, feed)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    return [{**event["args"], "dur": event["dur"]} for event in events
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+
+
 def count_onnx(path, feed):
-    """An ONNX file's parameters and its multiply-adds for these inputs, None where they can't be
-    counted (a shape that is not known before it runs)."""
+    """An ONNX file's parameters, and the multiply-adds of its convolutions and matrix products for
+    these inputs; from the shapes that they have when the graph runs as it is written."""
     import onnx
 
-    model = onnx.load(path)
-    weights = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    parameters = sum(math.prod(tensor.dims) for tensor in model.graph.initializer
+    parameters = sum(math.prod(tensor.dims) for tensor in onnx.load(path).graph.initializer
                      if tensor.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL))
-    for item in model.graph.input:
-        if item.name in feed:
-            for dimension, value in zip(item.type.tensor_type.shape.dim, feed[item.name].shape):
-                dimension.dim_value = value
-    del model.graph.value_info[:]  # shapes with open batches
-    for item in model.graph.output:
-        item.type.tensor_type.ClearField("shape")
-    model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    shapes = {item.name: [dimension.dim_value for dimension in item.type.tensor_type.shape.dim]
-              for item in [*model.graph.value_info, *model.graph.input, *model.graph.output]} | weights
-    total = 0
-    for node in model.graph.node:
-        inputs = [shapes.get(name) for name in node.input]
-        output = shapes.get(node.output[0])
-        if node.op_type in ("Conv", "FusedConv", "ConvInteger"):
-            factors = inputs[1][1:] if inputs[1] else [0]
-        elif node.op_type == "QLinearConv":
-            factors = inputs[3][1:] if inputs[3] else [0]
-        elif node.op_type == "ConvTranspose":
-            output, factors = inputs[0], inputs[1][1:] if inputs[1] else [0]
-        elif node.op_type in ("MatMul", "MatMulInteger", "FusedMatMul"):
-            factors = inputs[0][-1:] if inputs[0] else [0]
-        elif node.op_type == "Gemm":
-            transposed = any(a.name == "transA" and a.i for a in node.attribute)
-            factors = inputs[0][:1] if transposed else inputs[0][1:]
-        else:
-            continue
-        macs = math.prod(output or [0]) * math.prod(factors)
-        if not macs:
-            return parameters, None
-        total += macs
-    return parameters, total
+    multiply_adds = 0
+    for node in profile_nodes(path, feed, optimised=False):
+        inputs, outputs = ([next(iter(item.values())) for item in node[f"{side}_type_shape"]]
+                           for side in ("input", "output"))
+        name = node["op_name"]
+        if name in ("Conv", "FusedConv", "ConvInteger", "QLinearConv"):
+            multiply_adds += math.prod(outputs[0]) * math.prod(inputs[3 * (name[0] == "Q") or 1][1:])
+        elif name == "ConvTranspose":
+            multiply_adds += math.prod(inputs[0]) * math.prod(inputs[1][1:])
+        elif name in ("MatMul", "MatMulInteger", "QLinearMatMul", "FusedMatMul"):
+            multiply_adds += math.prod(outputs[0]) * inputs[0][-1]
+        elif name == "Gemm":  # either matrix may be transposed
+            multiply_adds += math.isqrt(math.prod(inputs[0]) * math.prod(inputs[1])
+                                        * math.prod(outputs[0]))
+    return parameters, multiply_adds
 
 
 MEMORY_PROBE = """
@@ -583,9 +584,7 @@ def measure_memory(path, feed, threads):
         np.savez(Path(folder) / "feed.npz", **feed)
         done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, path, Path(folder) / "feed.npz",
                                str(threads)], capture_output=True, text=True)
-    if done.returncode:  # Windows has neither
-        return None
-    return float(done.stdout)
+    return float(done.stdout) if done.returncode == 0 else None
 
 
 def cpu_name():
@@ -606,7 +605,7 @@ def time_files(args):
           f"{'ratio':>6} {'RAM MB':>7} {'params M':>9} {'GMAC':>6}")
     rows = []
     for threads in args.threads:
-        sessions = [open_session(path, threads) for path in args.time]
+        sessions = [evaluate.open_session(path, threads) for path in args.time]
         feeds = [random_inputs(session, path, args.input) for session, path in zip(sessions, args.time)]
         seconds = np.zeros((args.runs + 5, len(sessions)))
         for run in range(args.runs + 5):
@@ -622,12 +621,10 @@ def time_files(args):
                    "ratio": median[0] / median[number], "ram_mb": measure_memory(path, feed, threads),
                    "parameters": parameters, "multiply_adds": macs}
             rows.append(row)
-            optional = [f"{value:{form}}" if value is not None else "-" for value, form in
-                        ((row["ram_mb"], ".1f"), (parameters / 1e6, ".2f"),
-                         (macs and macs / 1e9, ".2f"))]
+            ram = "-" if row["ram_mb"] is None else f"{row['ram_mb']:.1f}"
             print(f"{Path(path).name:28} {threads:7} {row['ms']:8.2f} "
                   f"{row['ms_10']:7.2f}{row['ms_90']:8.2f} {row['fps']:7.1f} {row['ratio']:6.2f} "
-                  f"{optional[0]:>7} {optional[1]:>9} {optional[2]:>6}", flush=True)
+                  f"{ram:>7} {parameters / 1e6:9.2f} {macs / 1e9:6.2f}", flush=True)
     if args.out:
         facts = {"cpu": cpu_name(), "onnxruntime": onnxruntime.__version__, "runs": args.runs,
                  "results": rows}
@@ -646,37 +643,33 @@ def draw_timing(rows, facts):
     parameters."""
     picture = Image.new("RGB", (760, 520), "white")
     draw = ImageDraw.Draw(picture)
-    rows = [row for row in rows if row["multiply_adds"]]
-    if not rows:
-        return picture
-    axes = data.Axes(draw, (70, 50, 730, 450), [row["multiply_adds"] / 1e9 for row in rows],
-                     [0, *(row["fps"] for row in rows)], "multiply-adds (10^9)",
+    rows = sorted(rows, key=lambda row: -row["fps"])
+    axes = data.Axes(draw, (70, 50, 730, 450),
+                     [0, 1.4 * max(row["multiply_adds"] / 1e9 for row in rows)],
+                     [0, 1.2 * rows[0]["fps"]], "multiply-adds (10^9)",
                      f"frames per second, {facts['cpu']}, {rows[0]['threads']} thread(s); area: "
-                     "parameters", margin=0.25)
+                     "parameters", margin=0)
     largest = max(row["parameters"] for row in rows)
     colours = (data.RIGHT, data.LEFT, data.MIDDLE, (220, 80, 160), (150, 110, 230))
-    for number, row in enumerate(sorted(rows, key=lambda row: -row["parameters"])):
+    lowest = 0  # the label's before; labels are kept apart
+    for number, row in enumerate(rows):
         x, y = axes(row["multiply_adds"] / 1e9, row["fps"])
-        radius = 34 * math.sqrt(row["parameters"] / largest)
+        radius = 24 * math.sqrt(row["parameters"] / largest)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), colours[number % 5], (0, 0, 0))
-        draw.text((x + radius + 4, y), f"{Path(row['file']).stem}\n{row['parameters'] / 1e6:.2f} M, "
+        lowest = max(y, lowest + 34)
+        draw.line((x + radius, y, x + 30, lowest), (0, 0, 0))
+        draw.text((x + 34, lowest), f"{Path(row['file']).stem}\n{row['parameters'] / 1e6:.2f} M, "
                   f"{row['fps']:.1f} FPS", (0, 0, 0), data.font(size=13), "lm")
     return picture
 
 
 def profile(args):
     """--profile: where the time goes in one file, per operator, from ONNX Runtime's own profile."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = open_session(args.profile, args.threads[0], str(Path(folder) / "profile"))
-        feed = random_inputs(session, args.profile, args.input)
-        for _ in range(args.runs):
-            session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text())
+    feed = random_inputs(evaluate.open_session(args.profile), args.profile, args.input)
     spent, calls = defaultdict(float), defaultdict(int)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            spent[event["args"]["op_name"]] += event["dur"] / 1e3 / args.runs
-            calls[event["args"]["op_name"]] += 1
+    for node in profile_nodes(args.profile, feed, args.threads[0], args.runs):
+        spent[node["op_name"]] += node["dur"] / 1e3 / args.runs
+        calls[node["op_name"]] += 1
     total = sum(spent.values())
     print(f"{args.profile}, {cpu_name()}, {args.threads[0]} thread(s), mean of {args.runs} runs, the "
           f"measuring included\n{'operator':24} {'ms':>8} {'share':>7} {'nodes':>6}")

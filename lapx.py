@@ -467,9 +467,8 @@ def load_file(path):
                 f"{path} needs {needs[1]} to be unpickled, which could run any code; only tensors "
                 "and plain types are loaded. Save its state_dict alone to a file and use that"
             ) from None
-        raise InputError(f"{path} is not a whole file of weights that torch.save wrote "
-                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-                         ) from None
+        raise InputError(f"{path} is not a file of weights that torch.save wrote, or not the whole "
+                         "of it") from None
 
 
 def find_weights(content, path):

@@ -1,4 +1,5 @@
-"""What this project promises, one fact a test, in the order of the files: lapx, data, evaluate, train.
+"""What this project promises, one fact a test, in the order of the files: lapx, data, evaluate,
+train, export.
 
     python -m pytest -q        # CPU only, no data set, no network, under two minutes
 
@@ -7,6 +8,9 @@ network, SimpleBaseline's and HRNet's protocol, pycocotools) on input that is ma
 """
 
 import argparse
+import contextlib
+import csv
+import io
 import json
 import os
 import signal
@@ -25,6 +29,7 @@ from torch import nn
 
 import data
 import evaluate
+import export
 import lapx
 import train
 from data import DATASETS, PoseDataset, affine, invert, transform
@@ -35,13 +40,22 @@ MPII, COCO = SKELETONS["mpii"], SKELETONS["coco"]
 TINY = LAPXConfig(16, 2, 16, neck_attention=("ECA-NonLocal", "ECA"))  # a network for fast tests
 
 
-def run(script, *arguments, check=True, **options):
-    """A script of the project in a process of its own -> what it printed (all of it)."""
-    done = subprocess.run([sys.executable, HERE / script, *map(str, arguments)], text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300, **options)
-    if check:
-        assert done.returncode == 0, done.stdout
-    return done.stdout if check else (done.returncode, done.stdout)
+def run(script, *arguments, check=True):
+    """Calls a script as the command line does -> what it printed; or, unchecked, (status, that)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    printed, status = io.StringIO(), 0
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed),
+          contextlib.redirect_stderr(printed)):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            data.run({"train.py": train, "evaluate.py": evaluate, "export.py": export}[script].main)
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else 1
+            print(exit.code)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert not check or status == 0, printed.getvalue()
+    return printed.getvalue() if check else (status, printed.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -257,8 +271,8 @@ def test_a_missing_a_truncated_and_a_foreign_file_get_a_sentence(tmp_path):
     torch.save(LAPX(TINY).state_dict(), tmp_path / "file.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "file.pt").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("hello")
-    for name, complaint in (("none.pt", "no such file"), ("half.pt", "not a whole file"),
-                            ("text.pt", "not a whole file")):
+    for name, complaint in (("none.pt", "no such file"), ("half.pt", "not the whole of it"),
+                            ("text.pt", "not a file of weights")):
         with pytest.raises(InputError, match=complaint):
             lapx.lapx(weights=tmp_path / name)
 
@@ -747,14 +761,10 @@ def test_colours_tell_left_from_right():
     (["--weights", "W", "--image", "none.jpg"], "none.jpg: there is no such picture"),
     (["--weights", "W", "--dataset", "mpii", "--data", "none"], "no annotations of mpii split 'valid'"),
     (["--weights", "W", "--dataset", "coco", "--data", "none"], "predicts 16 joints, coco has 17")])
-def test_mistakes_of_the_user_get_a_sentence_and_a_status(arguments, complaint, weights, capsys, monkeypatch,
-                                                          tmp_path):
-    arguments = [str(weights[0]) if argument == "W" else argument for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--out", str(tmp_path)])
-    with pytest.raises(SystemExit) as exit:
-        data.run(evaluate.main)
-    said = str(exit.value.code) + capsys.readouterr().err
-    assert complaint in said and "Traceback" not in said and exit.value.code != 0
+def test_mistakes_of_the_user_get_a_sentence_and_a_status(arguments, complaint, weights, tmp_path):
+    arguments = [weights[0] if argument == "W" else argument for argument in arguments]
+    status, said = run("evaluate.py", *arguments, "--out", tmp_path, check=False)
+    assert status != 0 and complaint in said and "Traceback" not in said
 
 
 # ---------------------------------------------------------------------------- train.py
@@ -939,6 +949,8 @@ assert torch.allclose(y, whole(x)[rank::2], atol=1e-5)
 assert torch.allclose(b.grad, a.grad[rank::2], atol=1e-5), (b.grad - a.grad[rank::2]).abs().max()
 assert torch.allclose(part.running_mean, torch.full((3,), 0.1) * x.mean((0, 2, 3)), atol=1e-5)
 assert torch.allclose(part.running_var, 0.9 + 0.1 * x.transpose(0, 1).flatten(1).var(1), atol=1e-5)
+dist.barrier()
+dist.destroy_process_group()
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=2", script], text=True, capture_output=True, timeout=100)
@@ -982,7 +994,8 @@ def test_a_loader_process_that_is_killed_gets_a_sentence(mpii, tmp_path):
 def test_init_takes_every_layer_that_fits_and_names_the_others(weights):
     model = LAPX(replace(TINY, num_joints=17))
     said = train.initialise(model, weights[0])
-    total, fresh = len(model.state_dict()), 6  # the heads and the way back to the next stage
+    total = len(model.state_dict())
+    # the other five are the two heads and the way back to the next stage
     assert said.startswith(f"{total - 5} of {total} tensors from") and "stages.0.head.weight (17, 16, 1, 1)" in said
     loaded = lapx.lapx(weights=weights[0])
     assert torch.equal(model.stem.conv.weight, loaded.stem.conv.weight)
@@ -991,3 +1004,173 @@ def test_init_takes_every_layer_that_fits_and_names_the_others(weights):
 def test_overfitting_scores_the_pictures_it_trains_on(mpii, tmp_path):
     text = run("train.py", *arguments(mpii, tmp_path / "run", "--overfit", 2, "--epochs", 1))
     assert "overfitting 2 persons in 2 pictures" in text and "batches of 2, not 3" in text
+
+
+# ---------------------------------------------------------------------------- export.py
+
+ONE_STAGE = LAPXConfig(16, 1, 16, neck_attention=("ECA-NonLocal",))
+
+
+def scrambled(config):
+    """A network whose every tensor matters, as those of a trained one do."""
+    torch.manual_seed(1)
+    model = LAPX(config).eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_mean") or name.endswith("bias"):
+            tensor.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            tensor.uniform_(1, 1.5)
+        elif name.endswith(("alpha", "gamma")):
+            tensor.normal_(0.6, 0.1)
+    return model
+
+
+def largest_difference(found, expected):
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("variant", ["lapx", "lap", "row5", "row9"])
+def test_the_deployed_form_is_the_same_function(variant):
+    model = scrambled(VARIANTS[variant]).double()
+    images = torch.randn(2, 3, 64, 80, dtype=torch.float64)
+    deployed = export.Heatmaps(export.deploy(model), all_stages=True)
+    with torch.no_grad():
+        expected, found = model(images), deployed(images)
+        assert len(found) == len(expected) == model.config.stages
+        for stage, heatmaps in zip(expected, found):
+            assert largest_difference(heatmaps, stage) < 1e-12
+
+
+def test_half_elu_is_elu_for_every_number():
+    x = torch.cat([torch.linspace(-30, 30, 10001), torch.tensor([-1e30, -1e-30, 0, 1e-30, 1e30])])[None]
+    assert torch.allclose(2 * export.HalfELU()(x / 2), nn.functional.elu(x), rtol=1e-6, atol=1e-7)
+
+
+def test_elu_in_8_bits_is_elu_to_a_step_and_a_half():
+    z = torch.linspace(-6, 8, 5001)
+    elu = export.QuantELU()
+    elu(z)
+    for quant in (elu.before, elu.behind):
+        quant.observing = False
+    steps = elu.before.scale_and_zero()[0] / 2 + elu.behind.scale_and_zero()[0] / 2
+    assert (elu(z) - nn.functional.elu(z)).abs().max() < steps + 0.01  # and e^-4.5 / 4 twice
+
+
+def test_the_quantised_network_is_close_and_computes_its_convolutions_in_8_bits():
+    model, crops = scrambled(VARIANTS["lapx"]), torch.randn(4, 3, 64, 64)
+    quantised = export.quantise(model, crops)
+    with torch.no_grad():
+        difference = quantised(crops)[-1] - model(crops)[-1]
+        assert difference.pow(2).mean() < 0.1 ** 2 * model(crops)[-1].pow(2).mean()
+    convolutions = {name.split(".")[-1] for name, module in quantised.named_modules()
+                    if isinstance(module, nn.Conv2d) and "_conv" not in name and ".conv" not in name}
+    assert convolutions <= {"head", "theta", "phi", "g", "out"}
+
+
+@pytest.fixture(scope="session")
+def onnx_files(mpii, tmp_path_factory):
+    """A folder with tiny.pt and its fast.onnx, one.pt (of one stage) and its plain.onnx and
+    int8.onnx; and what was printed when they were exported."""
+    folder = tmp_path_factory.mktemp("onnx")
+    for name, config in (("tiny", TINY), ("one", ONE_STAGE)):
+        torch.save({"model": scrambled(config).state_dict(), "config": vars(config),
+                    "info": evaluate.model_info(config, "mpii", MPII, (64, 96))}, folder / f"{name}.pt")
+    exports = [subprocess.Popen(
+        [sys.executable, HERE / "export.py", "--weights", folder / f"{checkpoint}.pt", *flags, "--out",
+         folder / f"{name}.onnx"], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for name, checkpoint, *flags in (("fast", "tiny", "--keypoints", "--all-stages"),
+                                         ("plain", "one", "--plain"),
+                                         ("int8", "one", "--int8", "--data", mpii, "--batch", "2"))]
+    return folder, [export.communicate(timeout=300)[0] for export in exports]
+
+
+def test_an_exported_file_says_how_to_use_it(onnx_files):
+    folder, printed = onnx_files
+    assert all("largest difference" in text and "wrote" in text for text in printed)
+    session = evaluate.open_session(folder / "fast.onnx")
+    assert [output.name for output in session.get_outputs()] == ["heatmaps1", "heatmaps", "keypoints"]
+    assert session.get_inputs()[0].shape == ["batch", 3, 64, 96]
+    info = json.loads(session.get_modelmeta().custom_metadata_map["lapx"])
+    assert info["input"] == [64, 96] and info["colour"] == "RGB" and info["mean"] == list(lapx.MEAN)
+    assert info["skeleton"]["joints"] == list(MPII.joints) and info["variant"] == "custom"
+    assert info["skeleton"]["flip_pairs"] == [list(pair) for pair in MPII.flip_pairs]
+
+
+def test_an_exported_file_predicts_what_the_checkpoint_predicts(onnx_files, mpii, tmp_path):
+    folder, people = onnx_files[0], data.read_mpii(mpii, "valid")
+    tiny, fast, one, plain, int8 = (
+        evaluate.predict(evaluate.Network(folder / name), people, (64, 96), MPII, [True], batch_size=5)[0]
+        for name in ("tiny.pt", "fast.onnx", "one.pt", "plain.onnx", "int8.onnx"))
+    assert np.allclose(plain, one, atol=1e-3) and np.allclose(fast, tiny, atol=1e-3)
+    assert int8.shape == one.shape and not np.allclose(int8, one, atol=1e-3)
+    text = run("evaluate.py", "--weights", folder / "fast.onnx", "--dataset", "mpii", "--data", mpii, "--out",
+               tmp_path)
+    assert "input 64x96" in text and "Mean@0.1" in text
+
+
+def test_keypoints_in_the_file_are_those_of_decode_in_pixels_of_the_input(onnx_files):
+    session, images = evaluate.open_session(onnx_files[0] / "fast.onnx"), torch.randn(5, 3, 64, 96)
+    _, heatmaps, keypoints = session.run(None, {"images": images.numpy()})
+    points, scores = decode(torch.from_numpy(heatmaps))
+    assert np.allclose(keypoints, torch.cat([4 * points, scores[..., None]], 2))
+
+
+def test_counting_a_file_counts_the_network(onnx_files):
+    path = onnx_files[0] / "plain.onnx"
+    feed = export.random_inputs(evaluate.open_session(path), path)
+    parameters, multiply_adds = export.count_onnx(path, feed)
+    assert multiply_adds == lapx.count(ONE_STAGE, 64, 96)[2]
+    # BatchNorms behind convolutions are folded: of their two numbers per channel one remains
+    assert 0.9 < parameters / lapx.count(ONE_STAGE, 64, 96)[0] < 1.1
+
+
+def test_timing_writes_a_table_and_a_figure(onnx_files, tmp_path):
+    files = [onnx_files[0] / f"{name}.onnx" for name in ("plain", "fast", "int8")]
+    text = run("export.py", "--time", *files, "--runs", 3, "--threads", 1, 2, "--out", tmp_path)
+    facts = json.loads((tmp_path / "timing.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "timing.csv").read_text().splitlines()))
+    assert len(facts["results"]) == len(rows) == 6 and facts["cpu"] in text
+    assert facts["results"][0]["ratio"] == 1 and all(float(row["ms"]) > 0 for row in rows)
+    assert len(Image.open(tmp_path / "timing.png").getcolors(10**6)) > 3
+    text = run("export.py", "--profile", files[0], "--runs", 2)
+    assert "Conv" in text and "total" in text
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--time", "none.onnx"], "none.onnx: there is no such file"),
+    (["--profile", __file__], "can't be opened by ONNX Runtime"),
+    (["--weights", "plain.onnx"], "is an ONNX file already"),
+    (["--weights", "tiny.pt", "--int8", "--data", "none"], "no annotations of mpii split 'train'"),
+    (["--weights", "tiny.pt", "--plain", "--int8"], "--int8"), ([], "give one of --weights")])
+def test_export_says_what_is_wrong(arguments, complaint, onnx_files, monkeypatch):
+    monkeypatch.chdir(onnx_files[0])
+    status, said = run("export.py", *arguments, check=False)
+    assert status != 0 and complaint in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments, complaint", [
+    (["--input", "64x64"], "takes images of the shape"),
+    (["--skeleton", "coco"], "no heatmaps of 17 joints")])
+def test_an_onnx_file_that_does_not_fit_gets_a_sentence(arguments, complaint, onnx_files, mpii, tmp_path):
+    status, said = run("evaluate.py", "--weights", onnx_files[0] / "plain.onnx", "--image",
+                       mpii / "images/0.jpg", "--out", tmp_path, *arguments, check=False)
+    assert status == 1 and complaint in said and "Traceback" not in said
+
+
+def test_an_onnx_file_of_others_needs_to_be_told_size_and_joints(tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph([helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[4, 4], strides=[4, 4]),
+                               helper.make_node("Concat", ["y"] * 6, ["z"], axis=1),
+                               helper.make_node("Slice", ["z", "a", "b", "c"], ["h"])], "peer",
+                              [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+                              [helper.make_tensor_value_info("h", TensorProto.FLOAT, None)],
+                              [helper.make_tensor(name, TensorProto.INT64, [1], [value])
+                               for name, value in (("a", 0), ("b", 17), ("c", 1))])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9),
+              tmp_path / "peer.onnx")
+    with pytest.raises(InputError, match="--input HxW and --skeleton NAME"):
+        evaluate.Network(tmp_path / "peer.onnx")
+    network = evaluate.Network(tmp_path / "peer.onnx", size=(64, 96), skeleton=COCO)
+    assert network(torch.zeros(2, 64, 96, 3, dtype=torch.uint8)).shape == (2, 17, 16, 24)
