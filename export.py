@@ -176,31 +176,61 @@ class WithKeypoints(nn.Module):
         return (*outputs, torch.cat([STRIDE * points, scores[..., None]], dim=2))
 
 
+def fold(module, conv, norm):
+    """A module's BatchNorm into the convolution before it; both are attributes, named here."""
+    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+    setattr(module, conv, fused)
+    setattr(module, norm, nn.Identity())
+
+
+@torch.no_grad()
+def folded(model):
+    """A trained LAPX -> a copy without BatchNorms: each is in the convolution before it, but for the
+    first one of a block, which has none before it and becomes a depthwise convolution."""
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            norm = module.bn1
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            module.bn1 = depthwise(scale, norm.bias - norm.running_mean * scale)
+            fold(module, "pointwise1", "bn2")
+            fold(module, "depthwise", "bn3")
+        elif isinstance(module, (Stem, Stage)):
+            fold(module, "conv", "bn")
+    return model
+
+
+@torch.no_grad()
+def merged(model):
+    """folded(model) whose gates are depthwise convolutions, and whose stages have one way to the
+    next."""
+    model = folded(model)
+    for module in model.modules():
+        if isinstance(module, Block) and module.alpha is not None:
+            module.shortcut, module.alpha = depthwise(module.alpha.flatten()), None
+    model.stages = nn.ModuleList(DeployedStage(stage) for stage in model.stages)
+    return model
+
+
 @torch.no_grad()
 def deploy(model):
     """A trained LAPX -> a copy that computes the same function in a form that runs faster.
 
-    The normalisations before ELUs are halved and the convolutions behind them doubled, so that
-    HalfELU can take the ELU's place; the soft gates become depthwise convolutions; a stage's two
-    ways to the next become one. BatchNorms are folded by torch's exporter and by ONNX Runtime.
+    It is merged(model), and what goes into ELUs is halved and what comes out doubled, as far as it
+    is convolutions that do both, so that HalfELU can take the ELU's place.
     """
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
+    model = merged(model)
+    for module in model.modules():
         if isinstance(module, Block):
-            norms = (module.bn1, module.bn2, module.bn3)
-            for conv in (module.pointwise1, module.depthwise, module.pointwise2):
-                conv.weight *= 2
+            module.bn1.weight /= 2
+            for conv in (module.bn1, module.pointwise1, module.depthwise):
+                conv.bias /= 2
+            module.pointwise2.weight *= 2
             module.elu = HalfELU()
-            if module.alpha is not None:
-                module.shortcut, module.alpha = depthwise(module.alpha.flatten()), None
-        elif isinstance(module, (Stem, Stage)):
-            norms, module.elu = (module.bn,), DoubledELU()
-        else:
-            continue
-        for norm in norms:
-            norm.weight /= 2
-            norm.bias /= 2
-    model.stages = nn.ModuleList(DeployedStage(stage) for stage in model.stages)
+        elif isinstance(module, (Stem, DeployedStage)):
+            module.conv.weight /= 2
+            module.conv.bias /= 2
+            module.elu = DoubledELU()
     return model
 
 
@@ -284,12 +314,23 @@ class QuantConv(nn.Module):
                         conv.dilation, conv.groups)
 
 
+@torch.fx.wrap
+def mean_of_pixels(x):
+    """(B,C,h,w) -> (B,C,1,1), by a pooling, which ONNX Runtime computes in 8 bits."""
+    return F.avg_pool2d(x, x.shape[2:])
+
+
+@torch.fx.wrap
+def maximum_of_pixels(x):
+    """(B,C,h,w) -> (B,C,1,1), likewise."""
+    return F.max_pool2d(x, x.shape[2:])
+
+
 class PooledECA(ECA):
-    """ECA whose mean and maximum are poolings, which ONNX Runtime computes in 8 bits."""
+    """ECA with poolings."""
 
     def forward(self, x):
-        pixels = x.shape[2:]
-        descriptor = (F.avg_pool2d(x, pixels) + F.max_pool2d(x, pixels)).flatten(1)  # (B,C)
+        descriptor = (mean_of_pixels(x) + maximum_of_pixels(x)).flatten(1)  # (B,C)
         return x * self.conv(descriptor[:, None]).sigmoid().transpose(1, 2)[..., None]
 
 
@@ -315,23 +356,12 @@ def quantise(model, crops, all_stages=False):
     What gates, the Non-Local modules and the heads compute in float32, from 8-bit values.
     crops: normalised images (N,3,H,W) like those it will see, for the ranges of all values.
     """
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        if isinstance(module, Block):
-            norm = module.bn1
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            module.bn1 = depthwise(scale, norm.bias - norm.running_mean * scale)
-            fold(module, "pointwise1", "bn2")
-            fold(module, "depthwise", "bn3")
-            if module.alpha is not None:
-                module.shortcut, module.alpha = depthwise(module.alpha.flatten()), None
-        elif isinstance(module, (Stem, Stage)):
-            fold(module, "conv", "bn")
-        elif isinstance(module, ECA):
+    model = merged(model)
+    for module in model.modules():
+        if isinstance(module, ECA):
             module.__class__ = PooledECA
         elif isinstance(module, ChannelPool):
             module.__class__ = LastChannelPool
-    model.stages = nn.ModuleList(DeployedStage(stage) for stage in model.stages)
     root = Heatmaps(model, all_stages)
     graph = _Tracer().trace(root)
     for node in list(graph.nodes):
@@ -369,7 +399,8 @@ def quantise(model, crops, all_stages=False):
         elif node.target is operator.mul and node.args[0] in source:  # by a gate of an attention
             quantise_output(node.args[1], Quant())
             quantise_output(node, Quant())
-        elif node.target in (F.max_pool2d, F.avg_pool2d, F.interpolate):  # stay in their range
+        elif node.target in (F.max_pool2d, F.interpolate, mean_of_pixels, maximum_of_pixels):
+            # these stay in the range of what they are given
             quantise_output(node, source[node.args[0]])
     quantised = torch.fx.GraphModule(root, graph)
     for start in range(0, len(crops), 8):
@@ -379,13 +410,6 @@ def quantise(model, crops, all_stages=False):
             quant.observing = False
     quantised(crops[:1])  # makes the weights
     return quantised
-
-
-def fold(module, conv, norm):
-    """A module's BatchNorm into the convolution before it; both are attributes, named here."""
-    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
-    setattr(module, conv, fused)
-    setattr(module, norm, nn.Identity())
 
 
 # ---------------------------------------------------------------------------- export
@@ -404,7 +428,7 @@ def to_onnx(module, info, size, batch=None):
         names = [*names[:-2], "heatmaps", "keypoints"]
     else:
         names[-1] = "heatmaps"
-    shapes = None if batch else ({0: torch.export.Dim("batch")},)
+    shapes = None if batch else ({0: torch.export.Dim("batch", max=2**20)},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -416,6 +440,10 @@ def to_onnx(module, info, size, batch=None):
     for node in model.graph.node:  # the exporter notes where in whose files a node comes from
         del node.metadata_props[:]
         node.doc_string = ""
+    del model.graph.value_info[:]
+    if batch is None:  # torch 2.6 gets some of these wrong
+        for item in [*model.graph.input, *model.graph.output]:
+            item.type.tensor_type.shape.dim[0].dim_param = "batch"
     onnx.helper.set_model_props(model, {"lapx": json.dumps(info)})
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -480,7 +508,7 @@ def export(args):
         tests = [crops[start:start + n] for start in range(0, len(crops) - n + 1, n)][:16] or [
             crops[:1].expand(n, -1, -1, -1).contiguous()]
     else:
-        module = Heatmaps(model if args.plain else deploy(model), args.all_stages).eval()
+        module = Heatmaps(folded(model) if args.plain else deploy(model), args.all_stages).eval()
     proto = to_onnx(WithKeypoints(module) if args.keypoints else module, info, network.size, args.batch)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -693,7 +721,8 @@ def main():
     group.add_argument("--all-stages", action="store_true", help="heatmaps of all stages as outputs")
     group.add_argument("--keypoints", action="store_true",
                        help="decoded keypoints (B,K,3), in pixels of the input, as an output")
-    group.add_argument("--plain", action="store_true", help="the network as it was trained")
+    group.add_argument("--plain", action="store_true", help="the network as it was trained, its "
+                       "BatchNorms folded")
     group.add_argument("--int8", action="store_true", help="computes in 8 bits; ranges from 64 crops "
                        "of the data set's training people, or from --image")
     group.add_argument("--data", type=Path, metavar="DIR", help="for --int8: the data set's folder "
