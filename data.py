@@ -865,8 +865,8 @@ def measure(dataset, workers, count=400):
           + ", ".join(f"{name} {1e3 * value:.2f} ms"
                       for name, value in zip(("decode", "crop", "targets"), seconds))
           + " (targets are made on the training device, in batches)")
-    batches = [[(epoch, row % len(people)) for row in range(32 * b, 32 * b + 32)]
-               for epoch in range(1) for b in range(-(-count // 32) + 8)]
+    batches = [[(0, row % len(people)) for row in range(start, start + 32)]
+               for start in range(0, count + 8 * 32, 32)]
     if workers:
         loader = iter(make_loader(dataset, batches, workers))
         for _ in range(8):  # while the processes start

@@ -343,10 +343,10 @@ class Network:
     InputError if the file is broken, or lacks what neither it nor the arguments tell.
     """
 
-    def __init__(self, path, device="cpu", size=None, skeleton=None, bgr=False, threads=0):
-        self.device, self.model, self.session = torch.device(device), None, None
+    def __init__(self, path, device="cpu", size=None, skeleton=None, bgr=False):
+        self.device, self.model, self.session, config = torch.device(device), None, None, None
         if Path(path).suffix == ".onnx":
-            self.session = open_session(path, threads)
+            self.device, self.session = torch.device("cpu"), open_session(path)
             info = json.loads(self.session.get_modelmeta().custom_metadata_map.get("lapx", "null"))
         else:
             content = load_file(path)
@@ -360,13 +360,18 @@ class Network:
         if not info and not (size and skeleton):
             raise InputError(f"{path} does not tell its input size and joints; name them with "
                              "--input HxW and --skeleton NAME (an entry of SKELETONS in lapx.py)")
-        self.info = info or model_info(None, None, skeleton, size)
+        self.info = info or model_info(config, None, skeleton, size)
         if skeleton is None:
             skeleton = Skeleton(**{name: tuple(tuple(value) if isinstance(value, list) else value
                                                for value in values)
                                    for name, values in self.info["skeleton"].items()})
+        if config and config.num_joints != len(skeleton.joints):
+            raise InputError(f"{path} predicts {config.num_joints} joints, but --skeleton names "
+                             f"{len(skeleton.joints)}")
         self.skeleton, self.size = skeleton, tuple(size or self.info["input"])
         self.bgr = bgr or self.info["colour"] == "BGR"
+        self.info = {**self.info, "skeleton": asdict(skeleton), "input": list(self.size),
+                     "colour": "BGR" if self.bgr else "RGB"}
         if self.session:
             self.check_onnx(path)
 
@@ -546,6 +551,9 @@ def evaluate_dataset(args):
     """Predicts a split with a network and scores it, or only predicts where nothing is annotated."""
     network = open_network(args)
     args.dataset = args.dataset or network.info["dataset"]
+    if not args.dataset:
+        raise InputError(f"{args.weights} does not say what it was trained on; name a --dataset, or "
+                         "an --image")
     info = DATASETS[args.dataset]
     split, root = args.split or info.valid, args.data or Path("data") / args.dataset
     expected = SKELETONS[args.skeleton or info.skeleton]

@@ -127,9 +127,11 @@ class ECA(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(1, 1, 7, padding=3, bias=False)
 
+    def descriptor(self, x):
+        return x.mean((2, 3)) + x.amax((2, 3))  # (B,C)
+
     def forward(self, x):
-        descriptor = x.mean((2, 3)) + x.amax((2, 3))  # (B,C)
-        gate = self.conv(descriptor[:, None]).sigmoid()  # (B,1,C)
+        gate = self.conv(self.descriptor(x)[:, None]).sigmoid()  # (B,1,C)
         return x * gate.transpose(1, 2)[..., None]  # (B,C,1,1) scales (B,C,h,w)
 
 

@@ -1146,6 +1146,10 @@ def test_timing_writes_a_table_and_a_figure(onnx_files, tmp_path):
     (["--profile", __file__], "can't be opened by ONNX Runtime"),
     (["--weights", "plain.onnx"], "is an ONNX file already"),
     (["--weights", "tiny.pt", "--int8", "--data", "none"], "no annotations of mpii split 'train'"),
+    (["--weights", "tiny.pt", "--out", "lapx"], "must end in .onnx"),
+    (["--weights", "tiny.pt", "--skeleton", "coco"], "predicts 16 joints, but --skeleton names 17"),
+    (["--time", "plain.onnx", "--input", "64x64"], "leave out --input"),
+    (["--time", "plain.onnx", "--batch", "2"], "--batch goes with --weights"),
     (["--weights", "tiny.pt", "--plain", "--int8"], "--int8"), ([], "give one of --weights")])
 def test_export_says_what_is_wrong(arguments, complaint, onnx_files, monkeypatch):
     monkeypatch.chdir(onnx_files[0])
