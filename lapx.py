@@ -1,9 +1,10 @@
 """LAPX, the Lightweight Hourglass Network with Global Context (arXiv 2512.16089), in one file.
 
     from lapx import decode, lapx
-    model = lapx(num_joints=16).eval()             # or lapx(weights="LAPX_MPII_256_256.tar")
-    heatmaps = model(images)                       # images (B,3,H,W) -> list of S (B,K,H/4,W/4)
-    keypoints, scores = decode(heatmaps[-1])       # (B,K,2) heatmap pixels, (B,K)
+    model = lapx(weights="LAPX_MPII_256_256.tar").eval()  # or lapx(num_joints=16), untrained
+    heatmaps = model(images)                  # images (B,3,H,W), (RGB / 255 - MEAN) / STD
+                                              # -> list of S heatmaps (B,K,H/4,W/4)
+    keypoints, scores = decode(heatmaps[-1])  # (B,K,2) heatmap pixels, times 4 input pixels; (B,K)
 
 It needs torch alone: copy it into a project and it works. `python lapx.py` prints the parameters
 and multiply-adds of every variant beside the figures of the paper.
@@ -13,8 +14,9 @@ Every stage is an hourglass (down to 1/64, up again), which ends in one heatmap 
 stage sees the features and the heatmaps and does better. The last stage's heatmaps are the answer.
 
 Glossary, one letter for one thing in all files
-    B batch    C channels    K joints    S stages    H, W input size    h, w heatmap size, H/4, W/4
-    N cells of a feature map, h*w where the Non-Local module sits
+    B batch    C channels    K joints    S stages    H, W input size
+    h, w size of the map at hand: H/4, W/4 of heatmaps, about H/64, W/64 at an hourglass's bottom
+    N number of things: cells h*w in the Non-Local module, persons in data sets
     alpha  soft gate, one learnt factor per channel of a residual
     gamma  how much global context is added; one number per Non-Local module
 """
@@ -82,6 +84,11 @@ class LAPXConfig:
     stage_attention: str | None = "ECA-CBAM"  # after every hourglass
     neck_attention: tuple = ("ECA-NonLocal", "ECA", "ECA-NonLocal")  # at the bottom of each one
     gamma_target: float = 0.2
+
+    def __post_init__(self):
+        if len(self.neck_attention) != self.stages:
+            raise InputError(f"{self.stages} stages need as many neck_attention, not "
+                             f"{self.neck_attention}")
 
 
 def _variants():
@@ -530,9 +537,9 @@ def variant_name(config):
 def from_checkpoint(content, path):
     """A LAPX with the weights in a file's content (what load_file returned for path), strictly."""
     tensors = find_weights(content, path)
-    config = infer_config(tensors)
-    if isinstance(content.get("config") if isinstance(content, dict) else None, dict):  # our own
-        config = LAPXConfig(**content["config"])
+    config, own = infer_config(tensors), content.get("config") if isinstance(content, dict) else None
+    if isinstance(own, dict) and "gamma_target" in own:  # a checkpoint of ours
+        config = replace(config, gamma_target=own["gamma_target"])
     model = LAPX(config)
     expected = model.state_dict()
     problems = (

@@ -787,14 +787,22 @@ def test_loss_is_the_papers_equation():
 
 
 def test_gamma_is_frozen_then_raised_then_learnt():
-    values = [train.gamma_at(epochs, 10, 50, 0.2) for epochs in (0.1, 10, 10.5, 35, 60, 60.01)]
-    assert values == pytest.approx([0, 0, 0.002, 0.1, 0.2, None])
-    gammas = [nn.Parameter(torch.full((1,), 0.7))]
-    assert train.set_gamma(gammas, 35, 0.5, 10, 50, 0.2) and gammas[0].item() == pytest.approx(0.1)
-    gammas[0].data.fill_(0.7)
-    assert not train.set_gamma(gammas, 60.3, 0.5, 10, 50, 0.2) and gammas[0].item() == pytest.approx(0.2)
-    gammas[0].data.fill_(0.7)
-    assert not train.set_gamma(gammas, 61, 0.5, 10, 50, 0.2) and gammas[0].item() == pytest.approx(0.7)
+    gammas = [nn.Parameter(torch.tensor([0.7]))]
+    optimiser = torch.optim.Adam(gammas)
+    for epochs, expected in ((0, 0), (10, 0), (35, 0.1), (59, 0.196), (60, 0.2)):
+        value = train.gamma_at(epochs, warmup=10, ramp=50, target=0.2)
+        assert value == pytest.approx(expected)
+        assert train.set_gamma(gammas, optimiser, value, 0.2)
+        assert gammas[0].item() == pytest.approx(expected)
+    value = train.gamma_at(60.001, 10, 50, 0.2)
+    gammas[0].data.fill_(0.15)  # as a resumed run with a shorter ramp would find it
+    assert value is None and not train.set_gamma(gammas, optimiser, value, 0.2)
+    assert gammas[0].item() == pytest.approx(0.2)
+    gammas[0].sum().backward()
+    optimiser.step()
+    learnt = gammas[0].item()
+    assert not train.set_gamma(gammas, optimiser, value, 0.2) and gammas[0].item() == learnt != 0.2
+    assert train.set_gamma(gammas, optimiser, 0.1, 0.2) and not optimiser.state  # frozen again
 
 
 def test_learning_rate_drops_after_the_milestones():

@@ -3,7 +3,7 @@
     python train.py                                             # drawn people, minutes on a CPU
     python train.py --dataset mpii --data data/mpii             # the paper's 200 epochs
     python train.py --dataset coco --data data/coco
-    python train.py --resume auto --out runs/mpii               # goes on where a run was stopped
+    python train.py --dataset mpii --resume auto                # goes on where a run was stopped
     torchrun --nproc_per_node=4 train.py --dataset mpii ...     # four GPUs, the same total batch
 
 A run's folder gets recipe.json, log.csv, last.pt (everything, to resume), best.pt (the best epoch's
@@ -71,17 +71,19 @@ def gamma_at(epochs, warmup, ramp, target):
     return target * (epochs - warmup) / ramp if epochs > warmup else 0.0
 
 
-def set_gamma(gammas, epochs, step, warmup, ramp, target):
-    """Gives the gammas the value that a step of training, which takes `step` epochs, starts with.
+def set_gamma(gammas, optimiser, value, target):
+    """Gives the gammas what gamma_at says a step of training starts with. -> True while frozen.
 
-    -> True while they are frozen. At the first step that finds them free they start from target.
+    Frozen, the optimiser knows nothing of them; so the first step that finds them free starts them
+    from target, with a fresh state.
     """
-    gamma = gamma_at(epochs, warmup, ramp, target)
-    frozen = gamma is not None
-    if frozen or gamma_at(epochs - step, warmup, ramp, target) is not None:
-        for parameter in gammas:
-            parameter.data.fill_(gamma if frozen else target)
-    return frozen
+    for gamma in gammas:
+        if value is not None:
+            gamma.data.fill_(value)
+            optimiser.state.pop(gamma, None)
+        elif gamma not in optimiser.state:
+            gamma.data.fill_(target)
+    return value is not None
 
 
 def heatmap_loss(outputs, targets, weights):
@@ -146,7 +148,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         wide = x.float()
         moments = torch.cat([wide.mean((0, 2, 3)), (wide * wide).mean((0, 2, 3))])  # (2C,)
         mean, square = (SumOverProcesses.apply(moments) / dist.get_world_size()).chunk(2)
-        variance = square - mean * mean
+        variance = (square - mean * mean).clamp(min=0)  # not below, by rounding
         with torch.no_grad():
             n = x.numel() // x.shape[1] * dist.get_world_size()
             self.running_mean.lerp_(mean, self.momentum)
@@ -175,10 +177,10 @@ class StopSignals:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
-    def check(self, together=False):
-        """Raises Stopped if a signal has come; together: if it has come to any process."""
-        if together:
-            number = torch.tensor(self.number, device=together)
+    def check(self, device=None):
+        """Raises Stopped if a signal has come; given a device, if it has come to any process."""
+        if device:
+            number = torch.tensor(self.number, device=device)
             dist.all_reduce(number, dist.ReduceOp.MAX)
             self.number = int(number)
         if self.number:
@@ -188,12 +190,15 @@ class StopSignals:
 def train_epoch(run, loader, epoch):
     """One epoch: load, forward, loss, backward, step. -> mean loss, images/s, share of waiting."""
     recipe, device, steps = run.recipe, run.device, run.batches.steps
+    lr = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
     for group in run.optimiser.param_groups:
-        group["lr"] = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
+        group["lr"] = lr
+    # Reading a loss waits for the GPU, asking the others for signals waits for all of them.
+    look_every = 1 if run.world == 1 and device.type == "cpu" else 10 if device.type == "cpu" else 50
     gammas = run.model.gammas()
     progress = evaluate.show_progress(steps, "steps") if run.rank == 0 else None
     run.net.train()
-    start, waited, done, previous = time.perf_counter(), 0.0, 0, run.step
+    start, waited, done = time.perf_counter(), 0.0, 0
     batches = iter(loader)
     for step in range(run.step, steps):
         asked = time.perf_counter()
@@ -204,25 +209,24 @@ def train_epoch(run, loader, epoch):
         targets, weights = gaussian_targets(  # (B,K,h,w), (B,K)
             joints.to(device, non_blocking=True), visible.to(device, non_blocking=True),
             run.size, target_sigma(run.size))
-        frozen = set_gamma(gammas, epoch + step / steps, 1 / steps, recipe.gamma_warmup,
-                           recipe.gamma_ramp, run.model.config.gamma_target)
+        target = run.model.config.gamma_target
+        frozen = set_gamma(gammas, run.optimiser, gamma_at(
+            epoch + step / steps, recipe.gamma_warmup, recipe.gamma_ramp, target), target)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             outputs = run.net(images)  # S x (B,K,h,w)
         loss = heatmap_loss(outputs, targets, weights)
         run.optimiser.zero_grad()
         loss.backward()
-        if frozen:  # Adam does not see gamma, and has no state of it when it is freed
+        if frozen:  # Adam does not see them
             for gamma in gammas:
                 gamma.grad = None
         run.optimiser.step()
 
         run.losses[step], run.step, done = loss.detach(), step + 1, done + len(images)
-        if run.world == 1 or (step + 1) % 10 == 0 or step + 1 == steps:
-            if device.type == "cpu" or (step + 1) % 50 == 0 or step + 1 == steps:  # it waits for a GPU
-                check_losses(run.losses[previous:step + 1], epoch, previous, group["lr"])
-                previous = step + 1
-            run.stop.check(device if run.world > 1 else False)
+        if (step + 1) % look_every == 0 or step + 1 == steps:
+            run.check_losses()
+            run.stop.check(device if run.world > 1 else None)
         if progress:
             progress(step + 1)
     seconds = max(time.perf_counter() - start, 1e-9)
@@ -230,27 +234,18 @@ def train_epoch(run, loader, epoch):
     return run.losses.mean().item(), done * run.world / seconds, waited / seconds
 
 
-def check_losses(losses, epoch, first, lr):
-    """InputError at the first loss that is not finite; the checkpoints on the disk are from before."""
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        raise InputError(f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step "
-                         f"{first + int(bad[0]) + 1}, with learning rate {lr:g}. The last checkpoint "
-                         "is good: --resume it with a lower --lr, or with --precision float32")
-
-
 @torch.no_grad()
-def evaluate_epoch(run, flips=(False,)):
-    """Predicts the validation people, each by one process, and scores them with and without flips.
+def evaluate_epoch(run, flips):
+    """Predicts the validation people, each by one process, and scores them.
 
-    -> for each entry of flips the keypoints (N,K,3) and the metrics (on rank 0)."""
+    -> for each entry of flips (the flip test or not) the keypoints (N,K,3) and the metrics."""
     rows = np.arange(run.rank, len(run.valid), run.world)
     run.model.eval()
 
     def heatmaps_of(images):
-        if run.world == 1:
+        if run.world == 1:  # several must not leave each other in the middle of the gathering
             run.stop.check()
-        return run.model(normalise(images.to(run.device)))[-1].float()
+        return run.model(normalise(images.to(run.device)))[-1]
 
     parts = evaluate.predict(heatmaps_of, run.valid.rows(rows), run.size, run.skeleton, flips,
                              batch_size=run.recipe.batch_size // run.world, workers=run.workers,
@@ -270,12 +265,17 @@ def evaluate_epoch(run, flips=(False,)):
     return results
 
 
+def percent(metrics):
+    """The metric that a network is judged by, in percent: COCO's AP, or the mean PCKh."""
+    return 100 * metrics["AP"] if "AP" in metrics else metrics["Mean"]
+
+
 # ---------------------------------------------------------------------------- a run
 
 class Run:
     """A run and its state. What save() leaves out is made anew from the recipe on resuming."""
 
-    def __init__(self, recipe, out, device, workers):
+    def __init__(self, recipe, out, device, workers, saved=None):
         self.recipe, self.out, self.workers = recipe, out, workers
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(device)
@@ -289,6 +289,10 @@ class Run:
         self.epoch = self.step = 0  # of the next thing to do, 0-based
         self.losses = torch.zeros(self.batches.steps, device=self.device)  # of this epoch's steps
         self.history, self.best = [], -math.inf
+        if saved:
+            self.resume(saved)
+        elif recipe.init:
+            self.say(initialise(self.model, recipe.init))
         self.stop = StopSignals()
 
     def say(self, text):
@@ -318,11 +322,12 @@ class Run:
             self.valid = people_of(recipe.splits[1])
             self.truth = evaluate.read_truth(self.valid, recipe.dataset, root, recipe.splits[1])
         batch = min(recipe.batch_size, len(people)) // self.world * self.world
+        if not batch:
+            raise InputError(f"--batch-size {recipe.batch_size} with {len(people)} persons leaves none "
+                             f"for some of {self.world} processes")
         if batch != recipe.batch_size:
             self.say(f"batches of {batch}, not {recipe.batch_size}: there are {len(people)} persons "
                      f"and {self.world} processes")
-        if not batch:
-            raise InputError(f"{len(people)} persons are too few for {self.world} processes")
         self.batches = EpochBatches(len(people), batch, recipe.seed, self.rank, self.world)
         dataset = PoseDataset(people, self.size, self.skeleton, augmentation, recipe.seed)
         self.loader = data.make_loader(dataset, self.batches, self.workers,
@@ -332,8 +337,6 @@ class Run:
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
         self.model = lapx(len(self.skeleton.joints), recipe.variant)
-        if recipe.init:
-            self.say(initialise(self.model, recipe.init))
         self.model.to(self.device, memory_format=torch.channels_last)
         exact = recipe.precision == "float32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
@@ -363,6 +366,17 @@ class Run:
             dist.all_reduce(self.losses)
             self.losses /= self.world
 
+    def check_losses(self):
+        """InputError at the first loss of the epoch that is not finite, before anything is saved."""
+        bad = (~self.losses[:self.step].isfinite()).nonzero().flatten().tolist()
+        if bad:
+            path = self.out / "last.pt"
+            raise InputError(
+                f"the loss is {self.losses[bad[0]].item()} in epoch {self.epoch + 1}, step "
+                f"{bad[0] + 1}, with learning rate {self.optimiser.param_groups[0]['lr']:g}; "
+                + (f"{path} is from before: --resume {path} with a lower --lr, or with --precision "
+                   "float32" if path.exists() else "start again with a lower --lr"))
+
     def save(self, name="last.pt", content=None):
         """Writes a checkpoint: the old one is replaced when the new one is whole on the disk."""
         if self.rank == 0:
@@ -379,42 +393,43 @@ class Run:
         self.optimiser.load_state_dict(saved["optimiser"])
         self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
         self.history = saved["history"]
-        if len(saved["losses"]) == len(self.losses):
-            self.losses.copy_(saved["losses"])
-        else:  # another batch size: the steps are others, so the epoch starts again
+        self.say(f"resumed after epoch {self.epoch}, step {self.step} of the next")
+        if any(saved["recipe"][key] != vars(self.recipe)[key]
+               for key in ("batch_size", "seed", "splits", "overfit", "data")) and self.step:
             self.step = 0
+            self.say(f"its batches are others now: epoch {self.epoch + 1} starts again")
+        self.losses[:self.step] = saved["losses"][:self.step]
 
     def train(self):
         """All epochs that are left, then the final scores and drawings."""
-        recipe, metric = self.recipe, "AP" if self.recipe.dataset == "coco" else "Mean"
-        self.say(f"{'epoch':>9} {'lr':>9} {'gamma':>11} {'loss':>9} "
-                 f"{'AP' if metric == 'AP' else 'PCKh@0.5':>9} {'images/s':>9} {'waiting':>8} "
-                 f"{'time left':>10}")
+        recipe = self.recipe
+        name = "AP" if recipe.dataset == "coco" else "PCKh@0.5"
+        self.say(f"{'epoch':>9} {'lr':>9} {'gamma':>11} {'loss':>9} {name:>9} {'images/s':>9} "
+                 f"{'waiting':>8} {'time left':>10}")
         while self.epoch < recipe.epochs:
             start = time.monotonic()
             self.batches.epoch, self.batches.first = self.epoch, self.step
             loss, speed, waiting = train_epoch(self, self.loader, self.epoch)
-            last = self.epoch + 1 == recipe.epochs
-            results = evaluate_epoch(self, (False, True) if last else (False,))
-            score = results[0][1][metric]
-            gammas = [gamma.item() for gamma in self.model.gammas()]
-            self.history.append({
-                "epoch": self.epoch + 1, "loss": loss, "images_per_second": speed,
-                "lr": self.optimiser.param_groups[0]["lr"], "gamma": gammas, "waiting": waiting,
-                "metrics": results[0][1], "seconds": time.monotonic() - start})
-            left = (recipe.epochs - self.epoch - 1) * (time.monotonic() - start)
-            self.say(f"{self.epoch + 1:4}/{recipe.epochs:<4} {self.history[-1]['lr']:9.2e} "
-                     f"{' '.join(f'{gamma:.3f}' for gamma in gammas) or '-':>11} {loss:9.5f} "
-                     f"{score * (100 if metric == 'AP' else 1):9.2f} {speed:9.1f} {waiting:8.1%} "
-                     f"{left // 3600:4.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}")
+            (_, metrics), = evaluate_epoch(self, [False])
+            lr, gammas = self.optimiser.param_groups[0]["lr"], [g.item() for g in self.model.gammas()]
             self.epoch, self.step = self.epoch + 1, 0
+            self.history.append({
+                "epoch": self.epoch, "loss": loss, "images_per_second": speed, "lr": lr,
+                "gamma": gammas, "waiting": waiting, "metrics": metrics,
+                "seconds": time.monotonic() - start})
+            left = (recipe.epochs - self.epoch) * (time.monotonic() - start)
+            score = percent(metrics)
+            self.say(f"{self.epoch:4}/{recipe.epochs:<4} {lr:9.2e} "
+                     f"{' '.join(f'{gamma:.3f}' for gamma in gammas) or '-':>11} {loss:9.5f} "
+                     f"{score:9.2f} {speed:9.1f} {waiting:8.1%} "
+                     f"{left // 3600:4.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}")
             if score > self.best or not self.best > -math.inf:
                 self.best = score
-                self.save("best.pt", {**self.network(), "epoch": self.epoch,
-                                      "metrics": results[0][1]})
-            self.save()
+                self.save("best.pt", {**self.network(), "epoch": self.epoch, "metrics": metrics})
             if self.rank == 0:
                 data.write_file(self.out / "log.csv", log_table(self.history))
+            self.save()
+        results = evaluate_epoch(self, [False, True])
         if self.rank == 0:
             self.finish(results)
 
@@ -458,11 +473,11 @@ def log_table(history):
 def draw_curve(history):
     """Loss, score and gamma over the epochs: a Pillow picture with three panels."""
     epochs = [row["epoch"] for row in history]
-    metric, name = ("AP", "AP") if "AP" in history[0]["metrics"] else ("Mean", "PCKh@0.5")
     gammas = {f"module {number}": values for number, values
               in enumerate(zip(*(row["gamma"] for row in history)), start=1)}
     panels = [("loss", {"": [row["loss"] for row in history]}),
-              (name, {"": [row["metrics"][metric] for row in history]}), ("gamma", gammas)]
+              ("AP" if "AP" in history[0]["metrics"] else "PCKh@0.5",
+               {"": [percent(row["metrics"]) for row in history]}), ("gamma", gammas)]
     return data.line_charts(epochs, [panel for panel in panels if panel[1]], "epoch")
 
 
@@ -522,7 +537,8 @@ RECIPE_FLAGS = ("data", "splits", "skeleton", "input", "variant", "batch_size", 
 
 def resolve(args):
     """The flags -> the recipe (a Namespace of plain types), the run's folder, and the content of the
-    checkpoint to resume or None. What is not given comes from that checkpoint, else the defaults."""
+    checkpoint to resume or None; what is not given comes from that checkpoint, else the defaults.
+    And what differs from there: {flag: the old value}."""
     out, saved = args.out, None
     if args.resume:
         out = out or (Path("runs") / (args.dataset or "synthetic") if args.resume == "auto"
@@ -530,7 +546,9 @@ def resolve(args):
         path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
         if args.resume != "auto" or path.exists():
             saved = load_file(path)
-            if not isinstance(saved, dict) or "optimiser" not in saved:
+            if args.init:
+                raise InputError("--init starts a run, --resume goes on with one: give one of them")
+            if not isinstance(saved, dict) or not {"recipe", "optimiser", "losses"} <= set(saved):
                 raise InputError(f"{path} is not a checkpoint to resume (that is a run's last.pt); "
                                  "to start from its weights alone, give it as --init")
     if saved:
@@ -543,8 +561,8 @@ def resolve(args):
         info = DATASETS[dataset]
         recipe = argparse.Namespace(
             dataset=dataset, data=str(Path("data") / dataset), splits=[info.train, info.valid],
-            skeleton=info.skeleton, input=info.size, variant="lapx", **RECIPES[dataset], precision="auto", compile=False,
-            seed=0, overfit=0, init=None)
+            skeleton=info.skeleton, input=info.size, variant="lapx", **RECIPES[dataset],
+            precision="auto", compile=False, seed=0, overfit=0, init=None)
     out = out or Path("runs") / recipe.dataset
     if not args.resume and (out / "last.pt").exists():
         raise InputError(f"{out} holds a run already: --resume auto goes on with it, --out DIR starts "
@@ -561,8 +579,11 @@ def resolve(args):
         value = getattr(args, flag)
         if value is not None:
             setattr(recipe, flag, str(value) if isinstance(value, Path) else value)
-    if recipe.batch_size < 1 or not recipe.lr > 0 or recipe.overfit < 0:
-        raise InputError("--batch-size and --lr must be above 0, --overfit not below")
+    for flag in ("batch_size", "lr", "overfit", "gamma_warmup", "gamma_ramp", "seed"):
+        value, positive = vars(recipe)[flag], flag in ("batch_size", "lr")
+        if not (value > 0 if positive else value >= 0):
+            raise InputError(f"--{flag.replace('_', '-')} {value} must be "
+                             + ("above 0" if positive else "0 or above"))
     if recipe.precision == "auto":
         recipe.precision = fast_precision(args.device)
     if saved:
@@ -590,17 +611,18 @@ def main():
     recipe, out, saved, changed = resolve(args)
     if args.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        args.workers = min(8, cores - 1) if args.device == "cuda" else 1
-    run = Run(recipe, out, args.device, args.workers)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(8, max(0, cores // processes - 1)) if args.device == "cuda" else 1
+    run = Run(recipe, out, args.device, args.workers, saved)
+    if args.resume and not saved:
+        run.say(f"{out} has no last.pt: a new run")
     if saved:
-        run.resume(saved)
-        run.say(f"resumed after epoch {run.epoch}, step {run.step} of the next")
         for key, value in changed.items():
             run.say(f"the recipe changes: {key} was {value}, is now {vars(recipe)[key]}")
     elif changed.get("epochs"):
         run.say(f"{recipe.epochs} epochs, not {changed['epochs']}: milestones and gamma schedule are "
                 "scaled in proportion")
-    if run.epoch >= recipe.epochs:
+    if run.epoch >= recipe.epochs and (out / "predictions.png").exists():
         run.say(f"all {recipe.epochs} epochs are done: nothing to do")
         return
     facts = {"parameters": sum(p.numel() for p in run.model.parameters()), "torch": torch.__version__,
@@ -615,6 +637,7 @@ def main():
         run.train()
     except Stopped:
         run.average_losses()
+        run.check_losses()
         run.save()
         run.say(f"stopped in epoch {run.epoch + 1} after step {run.step} of {run.batches.steps}; go on "
                 f"with: python train.py --resume {out / 'last.pt'}")
@@ -623,9 +646,11 @@ def main():
         if "DataLoader worker" not in str(error):
             raise
         if run.stop.number:  # whoever sent the signal sent it to the loader's processes as well
-            sys.exit(f"stopped in epoch {run.epoch + 1}; go on from its start with --resume auto")
+            sys.exit(f"stopped in epoch {run.epoch + 1}; go on with: python train.py --resume auto "
+                     f"--out {out}")
         raise InputError(f"a loader process died ({str(error).splitlines()[0]}), often for want of "
-                         "memory; go on with --resume auto and fewer --workers") from None
+                         f"memory; go on with --resume auto --out {out} and fewer --workers"
+                         ) from None
     finally:
         if run.world > 1:
             dist.destroy_process_group()
