@@ -36,8 +36,8 @@ PADDING = 1.25  # the boxes of both data sets are enlarged by this
 FETCH = {  # where the files come from, for the message when they are not there
     "mpii": "pictures: https://datasets.d2.mpi-inf.mpg.de/andriluka14cvpr/mpii_human_pose_v1.tar.gz"
             "\nannotations: https://download.openmmlab.com/mmpose/datasets/mpii_annotations.tar",
-    "coco": "pictures: http://images.cocodataset.org/zips/{split}.zip\nannotations: "
-            "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+    "coco": "pictures: http://images.cocodataset.org/zips/{pictures}.zip\nannotations: "
+            "http://images.cocodataset.org/annotations/{annotations}.zip",
 }
 
 
@@ -158,7 +158,7 @@ def open_picture(path, reduction=1, upright=False):
             full_width = picture.width
             if reduction >= 2:
                 steps = 2 ** min(3, int(math.log2(reduction)))
-                picture.draft("RGB", (picture.width // steps, picture.height // steps))
+                picture.draft("RGB", (max(1, picture.width // steps), max(1, picture.height // steps)))
             if picture.mode in ("RGB", "L"):
                 picture.load()
             elif picture.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip
@@ -171,8 +171,8 @@ def open_picture(path, reduction=1, upright=False):
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: the picture can't be decoded ({error}); fetch it again, or take "
-                         "its entry out of the annotations") from None
+        raise InputError(f"{path}: the picture can't be decoded ({error}); fetch it again, or leave "
+                         "it out") from None
 
 
 # ---------------------------------------------------------------------------- readers
@@ -224,7 +224,12 @@ def find_file(root, names, dataset, split):
             return Path(root) / name
     raise InputError(f"there are no annotations of {dataset} split {split!r}; looked for\n  "
                      + "\n  ".join(str(Path(root) / name) for name in names)
-                     + f"\n{FETCH[dataset].format(split=split)}")
+                     + f"\n{where_to_fetch(dataset, split)}")
+
+
+def where_to_fetch(dataset, split):
+    return FETCH[dataset].format(pictures=split.replace("-dev", ""), annotations=(
+        "image_info_test2017" if split.startswith("test") else "annotations_trainval2017"))
 
 
 def mpii_files(split):
@@ -246,8 +251,8 @@ def read_mpii(root, split, size=None, skeleton=SKELETONS["mpii"]):
 def mpii_people(entries, source, folder, num_joints):
     """MPII's JSON entries -> People. source names them in errors.
 
-    An entry has the centre, scale and joints with 1-based pixels, scale = body height / 200. The
-    adjustments are SimpleBaseline's: the centre goes down by 15 * scale (the annotated centre is
+    An entry has the centre, scale and joints with 1-based pixels, scale = body height / 200, since
+    MPII's reference person is 200 pixels high. The adjustments are SimpleBaseline's: the centre goes down by 15 * scale (the annotated centre is
     the torso's, too high for the whole person), then the box is padded, then everything 0-based.
     joints_vis is 1 where a joint is annotated, occluded or not.
     """
@@ -259,9 +264,11 @@ def mpii_people(entries, source, folder, num_joints):
             joints.append(entry.get("joints", [[0, 0]] * num_joints))
             visible.append(entry.get("joints_vis", [0] * num_joints))
             ok = (isinstance(entry["image"], str) and len(center[-1]) == 2
+                  and ("joints" in entry) == ("joints_vis" in entry)
                   and np.shape(joints[-1]) == (num_joints, 2)
                   and np.shape(visible[-1]) == (num_joints,) and scale[-1] > 0
-                  and np.isfinite([*center[-1], scale[-1], *np.ravel(joints[-1])]).all())
+                  and np.isfinite([*center[-1], scale[-1], *np.ravel(joints[-1]),
+                                   *visible[-1]]).all())
         except (KeyError, TypeError, ValueError):
             ok = False
         if not ok:
@@ -285,15 +292,34 @@ def coco_image_folder(root, split):
     return folder if folder.is_dir() or not (Path(root) / name).is_dir() else Path(root) / name
 
 
-def read_coco_json(path):
-    """COCO's annotation file, without the outlines, which take most of its memory."""
+def read_coco_json(path, num_joints):
+    """COCO's annotation file, checked, without the outlines, which take most of its memory."""
     def without_outline(item):
         item.pop("segmentation", None)
         return item
 
-    content = read_json(path, without_outline)
+    content, item, K = read_json(path, without_outline), None, num_joints
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise InputError(f"{path} is not a COCO annotation file: it has no list of images")
+    try:
+        category = person_category(content)
+        for item in content["images"]:
+            ok = isinstance(item["file_name"], str) and item["width"] + item["height"] + item["id"]
+        ids = {image["id"] for image in content["images"]}
+        for item in content.setdefault("annotations", []):
+            if item["category_id"] == category:
+                if item.get("iscrowd"):
+                    item.setdefault("keypoints", [0] * 3 * K)
+                points = item["keypoints"]
+                item.setdefault("num_keypoints", sum(flag > 0 for flag in points[2::3]))
+                ok = (len(points) == 3 * K and len(item["bbox"]) == 4 and item["image_id"] in ids
+                      and math.isfinite(sum(points) + sum(item["bbox"]) + item["area"] + item["id"]))
+                if not ok:
+                    raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f"{path}: an image must have id, file_name, width and height, an annotation "
+                         f"id, category_id, a known image_id, bbox [x, y, w, h], area and {3 * K} "
+                         f"numbers as keypoints, but one is {json.dumps(item)[:200]}") from None
     return content
 
 
@@ -311,31 +337,24 @@ def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"]):
     labelled but occluded count like all others.
     """
     path = find_file(root, [f"annotations/person_keypoints_{split}.json"], "coco", split)
-    content = read_coco_json(path)
-    category, K = person_category(content), len(skeleton.joints)
+    K = len(skeleton.joints)
+    content = read_coco_json(path, K)
+    category = person_category(content)
     order = {image["id"]: number for number, image in enumerate(content["images"])}
     rows, boxes, keypoints = [], [], []
-    for annotation in content.get("annotations", []):
-        try:
-            points = annotation["keypoints"]
-            if annotation.get("iscrowd") or annotation["category_id"] != category or not any(points):
-                continue
-            row = order[annotation["image_id"]]
-            image = content["images"][row]
-            x, y, w, h = annotation["bbox"]
-            left, top = max(0, x), max(0, y)
-            right = min(image["width"] - 1, left + max(0, w - 1))
-            bottom = min(image["height"] - 1, top + max(0, h - 1))
-            if len(points) != 3 * K or not math.isfinite(sum(points) + x + y + w + h):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{path}: an annotation must have category_id, a known image_id, bbox "
-                             f"[x, y, w, h] and {3 * K} numbers as keypoints, but one is "
-                             f"{json.dumps(annotation)[:200]}") from None
-        if annotation.get("area", 1) > 0 and right >= left and bottom >= top:
+    for annotation in content["annotations"]:
+        if annotation.get("iscrowd") or annotation["category_id"] != category or not any(
+                annotation["keypoints"]):
+            continue
+        row = order[annotation["image_id"]]
+        image, (x, y, w, h) = content["images"][row], annotation["bbox"]
+        left, top = max(0, x), max(0, y)
+        right = min(image["width"] - 1, left + max(0, w - 1))
+        bottom = min(image["height"] - 1, top + max(0, h - 1))
+        if annotation["area"] > 0 and right >= left and bottom >= top:
             rows.append(row)
             boxes.append((left, top, right - left, bottom - top))
-            keypoints.extend(points)
+            keypoints.extend(annotation["keypoints"])
     if not rows:
         raise InputError(f"{path} has no person with a labelled joint")
     by_image = np.argsort(rows, kind="stable")  # in the order of the list of images
@@ -401,7 +420,7 @@ def check_pictures(people, dataset, split):
     if problems:
         raise InputError(f"{len(problems)} of the {len(names)} pictures of {dataset} split {split!r} "
                          "can't be used:\n  " + "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5))
-                         + f"\n{FETCH[dataset].format(split=split)}")
+                         + f"\n{where_to_fetch(dataset, split)}")
 
 
 # ---------------------------------------------------------------------------- drawn people
@@ -513,6 +532,8 @@ def draw_person(seed, number, paint=True):
 
 def read_drawn(root, split, size=None, skeleton=SKELETONS["mpii"], counts=(1200, 200)):
     """The People of the drawn data set; splits train and valid, which share no figure."""
+    if split not in ("train", "valid"):
+        raise InputError(f"the drawn people have the splits train and valid, not {split!r}")
     seed, count = {"train": (0, counts[0]), "valid": (1, counts[1])}[split]
     entries = [draw_person(seed, number, paint=False)[0] for number in range(count)]
     return replace(mpii_people(entries, "drawn people", "", 16), seed=seed,
@@ -533,9 +554,9 @@ class Augmentation:
     def draw(self, rng):
         """-> factor of the box's size, degrees, whether to mirror.
 
-        DIFFERS FROM THE PAPER in nothing it says: rotation within 40 degrees either way, random
-        scale, flips. Where it is silent the values are SimpleBaseline's: z standard normal, three
-        samples in five rotated, by half the bound times a standard normal.
+        The paper says rotation within 40 degrees either way, random scale, flips. It is silent on
+        the rest, where the values are SimpleBaseline's: z standard normal, three samples in five
+        rotated, by half the bound times a standard normal.
         """
         factor = np.clip(1 + self.scale * rng.standard_normal(), 1 - self.scale, 1 + self.scale)
         degrees = np.clip(self.rotation / 2 * rng.standard_normal(), -self.rotation, self.rotation)
@@ -625,7 +646,7 @@ def normalise(images, bgr=False, mean=MEAN, deviation=STD):
 
 
 def target_sigma(size):
-    """The targets' standard deviation, in heatmap pixels: 2, and 3 for inputs as large as 384x288."""
+    """The targets' standard deviation, in heatmap pixels: 2, or 3 where an input's side exceeds 256."""
     return 3 if max(size) > 256 else 2
 
 
@@ -797,6 +818,8 @@ def run(main):
         main()
     except InputError as error:  # from a loader process it comes wrapped in a traceback
         sys.exit(f"error: {str(error).split('InputError: ')[-1].strip()}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output, head or less, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -821,22 +844,37 @@ def image_size(text):
     return int(height), int(width)
 
 
-def add_data_arguments(parser, default="synthetic"):
-    """The flags that all scripts share which read a data set."""
+def number_from(lowest):
+    """An argparse type: whole numbers from lowest on."""
+    def number(text):
+        if not text.isdigit() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} on")
+        return int(text)
+    return number
+
+
+def add_data_arguments(parser, dataset, size):
+    """The flags that all scripts share which read a data set; the defaults in words."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=DATASETS, default=default,
-                       help="which people (default: " + ("%(default)s, drawn on the fly)" if default
-                                                         else "what the network was trained on)"))
+    group.add_argument("--dataset", choices=DATASETS, help=f"which people (default: {dataset})")
     group.add_argument("--data", type=Path, metavar="DIR",
                        help="the data set's folder (default: data/DATASET)")
     group.add_argument("--skeleton", choices=SKELETONS, help="the joints, an entry of SKELETONS in "
                        "lapx.py (default: the data set's own)")
-    group.add_argument("--input", type=image_size, metavar="HxW", help="the network's input "
-                       "(default: 256x256 for mpii, 256x192 for coco, 128x128 for synthetic)")
+    group.add_argument("--input", type=image_size, metavar="HxW",
+                       help=f"the network's input (default: {size})")
+
+
+SIZES = "256x256 for mpii, 256x192 for coco, 128x128 for synthetic"
 
 
 def load_people(dataset, root, split, size, skeleton, quiet=False):
     """The People of a split, counted on the screen, their pictures checked."""
+    if dataset == "coco" and len(skeleton.sigmas) != len(skeleton.joints):
+        raise InputError("OKS, the metric of --dataset coco, needs a sigma for each joint in SKELETONS")
+    if dataset != "coco" and len(skeleton.joints) != 16:
+        raise InputError(f"--dataset {dataset} has MPII's 16 joints, not {len(skeleton.joints)}; put "
+                         "joints of your own into COCO's layout, for --dataset coco")
     people = DATASETS[dataset].read(root, split, size, skeleton)
     if not quiet:
         print(f"{dataset} {split}: {len(people)} persons in {len(np.unique(people.image_id))} "
@@ -879,13 +917,14 @@ def measure(dataset, workers, count=400):
 def main():
     parser = argparse.ArgumentParser(description="Look at training samples, or time them.",
                                      epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_arguments(parser)
+    add_data_arguments(parser, "synthetic, drawn on the fly", SIZES)
     parser.add_argument("--split", help="default: the training split")
     parser.add_argument("--show", type=Path, metavar="PNG", help="write a sheet of samples")
     parser.add_argument("--time", action="store_true", help="print samples per second")
-    parser.add_argument("--workers", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--workers", type=number_from(0), default=2, help="default: %(default)s")
+    parser.add_argument("--seed", type=number_from(0), default=0, help="default: %(default)s")
     args = parser.parse_args()
+    args.dataset = args.dataset or "synthetic"
     info = DATASETS[args.dataset]
     size, skeleton = args.input or info.size, SKELETONS[args.skeleton or info.skeleton]
     people = load_people(args.dataset, args.data or Path("data") / args.dataset,

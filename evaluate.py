@@ -13,6 +13,7 @@ metrics are written here by hand, in numpy; COCO's equals pycocotools to the las
 import argparse
 import io
 import json
+import re
 import sys
 import time
 from dataclasses import asdict
@@ -45,14 +46,16 @@ def mpii_truth(people, root, split):
     for name in data.mpii_files(split)[1::2]:
         if root is not None and (Path(root) / name).is_file():
             mat = read_mat(Path(root) / name, "pos_gt_src", "jnt_missing", "headboxes_src")
-            joints = mat["pos_gt_src"].transpose(2, 0, 1)
-            if joints.shape != (len(people), 16, 2):
-                raise InputError(f"{Path(root) / name} has joints of shape {joints.shape} for "
-                                 f"{len(people)} persons; the JSON and it must be of one split")
+            shapes, N = [array.shape for array in mat.values()], len(people)
+            if shapes != [(16, 2, N), (16, N), (2, 2, N)]:
+                raise InputError(f"{Path(root) / name} has arrays of the shapes {shapes} for {N} "
+                                 "persons; the JSON and it must be of one split")
             corners = mat["headboxes_src"]  # (2 corners, x y, N)
             sizes = 0.6 * np.linalg.norm(corners[1] - corners[0], axis=0)
-            return joints, mat["jnt_missing"].T == 0, sizes, f"head boxes of {Path(name).name}"
-    sizes = 25 * people.scale / np.where(people.center[:, 0] == -2, 1, PADDING)
+            return (mat["pos_gt_src"].transpose(2, 0, 1), mat["jnt_missing"].T == 0, sizes,
+                    f"head boxes of {Path(name).name}")
+    padded = people.center[:, 0] != -2  # -1 in the JSON: no box, so neither moved nor padded
+    sizes = 25 * people.scale / np.where(padded, PADDING, 1)
     return people.joints.astype(np.float64) + 1, people.visible, sizes, "head size 25 * scale"
 
 
@@ -163,7 +166,7 @@ def last_argmax(values):
 def coco_ap(content, image_ids, keypoints, scores, areas, sigmas):
     """The ten numbers of COCO's keypoint task, equal to pycocotools: {AP, AP50, ..., ARL}.
 
-    content: the parsed annotation file. The rest: detections, as read_results returns them.
+    content: the parsed annotation file. The rest: detections, as results_arrays returns them.
     -1 where there is nobody to find. All pictures are matched side by side: the loop runs over the
     (at most 20) detections of a picture in the order of their scores, not over the pictures.
     """
@@ -355,8 +358,12 @@ class Network:
             config = self.model.config
             guess = {16: "mpii", 17: "coco"}.get(config.num_joints)
             info = content.get("info") if isinstance(content, dict) else None
-            if info is None and guess:  # weights alone, such as the authors'
-                info = model_info(config, guess, SKELETONS[guess], DATASETS[guess].size)
+            if info is None and guess:  # weights alone, such as the authors' LAPX_MPII_256_256.tar
+                told = re.search(r"(\d{2,})[_x](\d{2,})", Path(path).stem)
+                told = tuple(map(int, told.groups())) if told else DATASETS[guess].size
+                info = model_info(config, guess, SKELETONS[guess], told)
+                print(f"{path} does not tell its joints and input; taken for {guess}'s and "
+                      f"{'{}x{}'.format(*size or told)}, unless --skeleton and --input say otherwise")
         if not info and not (size and skeleton):
             raise InputError(f"{path} does not tell its input size and joints; name them with "
                              "--input HxW and --skeleton NAME (an entry of SKELETONS in lapx.py)")
@@ -481,7 +488,8 @@ def read_truth(people, dataset, root, split, rows=None):
     if dataset != "coco":
         *arrays, compared = mpii_truth(people, root, split)
         return (*(array if rows is None else array[rows] for array in arrays), compared)
-    content = data.read_coco_json(Path(root) / f"annotations/person_keypoints_{split}.json")
+    path = Path(root) / f"annotations/person_keypoints_{split}.json"
+    content = data.read_coco_json(path, people.joints.shape[1])
     if rows is not None:
         wanted = set(people.image_id[rows].tolist())
         content["images"] = [image for image in content["images"] if image["id"] in wanted]
@@ -532,7 +540,7 @@ def read_people(args, split, size, skeleton):
     path, annotated = find_coco(root, split)
     if args.boxes == "gt":
         raise InputError(f"{path.name} has no persons; give a detector's with --boxes FILE.json")
-    images = data.read_coco_json(path)["images"]
+    images = data.read_coco_json(path, len(skeleton.joints))["images"]
     people = data.read_boxes(args.boxes, images, data.coco_image_folder(root, split), size,
                              len(skeleton.joints))
     print(f"coco {split}: {len(people)} boxes of {args.boxes} in {len(images)} pictures", flush=True)
@@ -562,6 +570,12 @@ def evaluate_dataset(args):
                          f"{args.dataset} has {len(expected.joints)}; choose another --dataset")
     people, boxes = read_people(args, split, network.size, network.skeleton)
     flips = [False, True] if args.both else [not args.no_flip]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{args.out} can't be made ({error.strerror})") from None
+    annotated = find_coco(root, split)[1] if args.dataset == "coco" else people.visible.any()
+    truth = read_truth(people, args.dataset, root, split) if annotated else None
     start = time.monotonic()
     predictions = predict(network, people, network.size, network.skeleton, flips, not args.no_shift,
                           not args.no_offset, args.batch_size, args.workers,
@@ -570,10 +584,9 @@ def evaluate_dataset(args):
     print(f"{len(people) / seconds:.1f} persons/s", flush=True)
     path = write_predictions(args.out, predictions[-1], people, args.dataset, network.size,
                              network.skeleton)
-    if not (find_coco(root, split)[1] if args.dataset == "coco" else people.visible.any()):
+    if not annotated:
         print(f"{args.dataset} {split} has no annotated joints: wrote {path}, nothing to score")
         return
-    truth = read_truth(people, args.dataset, root, split)
     for keypoints, flip in zip(predictions, flips):
         metrics = score(keypoints, people, truth, network.size, network.skeleton)
         words = ("flip test" + ("" if args.no_shift else " with shift")) if flip else "no flip test"
@@ -603,9 +616,11 @@ def evaluate_results(args):
         split, root = args.split or "valid", args.data or Path("data") / args.dataset
         people = DATASETS[args.dataset].read(root, split)
         predictions = read_mat(path, "preds")["preds"]
-        if predictions.shape != (len(people), 16, 2) or not np.isfinite(predictions).all():
-            raise InputError(f"{path} must have finite preds of shape ({len(people)}, 16, 2) for "
+        if predictions.shape != (len(people), 16, 2):
+            raise InputError(f"{path} must have preds of the shape ({len(people)}, 16, 2) for "
                              f"{args.dataset} {split}, but they are {predictions.shape}")
+        if not np.isfinite(predictions).all():
+            raise InputError(f"{path} has preds that are NaN or infinite")
         truth = mpii_truth(people, root, split)
         metrics = pckh(predictions, *truth[:3])
         report(metrics, f"{path}: {args.dataset} {split}, {len(people)} persons", truth)
@@ -613,7 +628,7 @@ def evaluate_results(args):
         if not args.annotations:
             raise InputError("to score COCO results, name the annotations with --annotations FILE")
         skeleton = SKELETONS[args.skeleton or "coco"]
-        content = data.read_coco_json(args.annotations)
+        content = data.read_coco_json(args.annotations, len(skeleton.joints))
         arrays = results_arrays(data.read_json(path), path, len(skeleton.joints),
                                 data.person_category(content))
         metrics = coco_ap(content, *arrays, skeleton.sigmas)
@@ -657,6 +672,8 @@ def evaluate_pictures(args):
             scores = np.ones(len(boxes))
             if detected is not None:
                 boxes, scores = detected.get(path.stem.lstrip("0"), ([], []))
+                if not boxes:
+                    raise InputError(f"{path}: {args.boxes} has no person in it")
             persons = predict_picture(network, picture, np.array(boxes, float), scores, args)
             sheets = {}
             if args.heatmaps:
@@ -692,10 +709,12 @@ def read_detections(path):
 
 def predict_picture(network, picture, boxes, scores, args):
     """-> a list of (box, keypoints (K,3), score) for a picture, best first, doubles left out."""
-    if not len(boxes):
-        return []
-    if not np.isfinite(boxes).all() or (boxes[:, 2:] <= 0).any():
-        raise InputError("a box must be X Y W H with W and H above 0")
+    corner, extent = boxes[:, :2], boxes[:, 2:]
+    if not (np.isfinite(boxes).all() and (extent > 0).all() and (corner < picture.size).all()
+            and (corner + extent > 0).all()):
+        raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in the "
+                         f"picture of {picture.width}x{picture.height}, not all of "
+                         f"{boxes.tolist()[:5]} do")
     center, scale = data.box_to_center_scale(boxes, network.size)
     N, K = len(boxes), len(network.skeleton.joints)
     people = People(Path(), np.zeros(N, "S1"), np.zeros(N, int), center, scale,
@@ -807,7 +826,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint, .tar or .onnx")
-    data.add_data_arguments(parser, default=None)
+    data.add_data_arguments(parser, "what the network was trained on", "the network's own")
     group = parser.add_argument_group("a data set")
     group.add_argument("--split", help="default: valid, or val2017 for coco")
     group.add_argument("--boxes", default="gt", metavar="gt|FILE", help="persons to look at: the "
@@ -822,7 +841,7 @@ def main():
                        help="a person, in pixels of the upright picture; may be repeated (default: "
                        "the whole picture)")
     group.add_argument("--threshold", type=float, default=0.2,
-                       help="joints below are not drawn (default: %(default)s)")
+                       help="joints and persons below are not drawn (default: %(default)s)")
     group.add_argument("--heatmaps", action="store_true", help="also draw every stage's heatmaps")
     group.add_argument("--attention", metavar="JOINT", help="also draw where the Non-Local modules "
                        'look from that joint, such as "left wrist"')
@@ -831,14 +850,25 @@ def main():
                        ("--no-offset", "no quarter-pixel offset"),
                        ("--bgr", "the network was trained on BGR pictures")):
         group.add_argument(flag, action="store_true", help=what)
-    group.add_argument("--batch-size", type=int, default=32, help="default: %(default)s")
-    group.add_argument("--workers", type=int, default=2, help="loader processes (default: %(default)s)")
+    group.add_argument("--batch-size", type=data.number_from(1), default=32, help="default: %(default)s")
+    group.add_argument("--workers", type=data.number_from(0), default=2,
+                       help="loader processes (default: %(default)s)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     group.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/evaluation"),
                        help="default: %(default)s")
     args = parser.parse_args()
     if not (args.weights or args.results):
         parser.error("give --weights FILE, or --results FILE to score predictions made elsewhere")
+    mode = "results" if args.results else "image" if args.image else "dataset"
+    for flag, modes in (("weights", "image dataset"), ("both", "dataset"), ("annotations", "results"),
+                        ("split", "dataset results"), ("box", "image"), ("heatmaps", "image"),
+                        ("attention", "image")):
+        if getattr(args, flag) and mode not in modes:
+            parser.error(f"--{flag} means nothing with --{mode}")
+    if args.boxes != "gt" and (args.box or mode == "results"):
+        parser.error("--boxes means nothing with --box or --results")
+    if args.both and args.no_flip:
+        parser.error("--both is without and with the flip test, --no-flip without")
     (evaluate_results if args.results else evaluate_pictures if args.image
      else evaluate_dataset)(args)
 

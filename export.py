@@ -735,7 +735,7 @@ def main():
     group.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint or .tar file")
     group.add_argument("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
     group.add_argument("--bgr", action="store_true", help="the network was trained on BGR pictures")
-    group.add_argument("--batch", type=int, metavar="N", help="fixes the batch (default: open)")
+    group.add_argument("--batch", type=data.number_from(1), metavar="N", help="fixes the batch (default: open)")
     group.add_argument("--all-stages", action="store_true", help="heatmaps of all stages as outputs")
     group.add_argument("--keypoints", action="store_true",
                        help="decoded keypoints (B,K,3), in pixels of the input, as an output")
@@ -750,8 +750,9 @@ def main():
     group = parser.add_argument_group("time")
     group.add_argument("--time", type=Path, nargs="+", metavar="ONNX", help="time files side by side")
     group.add_argument("--profile", type=Path, metavar="ONNX", help="time per operator")
-    group.add_argument("--threads", type=int, nargs="+", default=[1], help="default: %(default)s")
-    group.add_argument("--runs", type=int, default=50, help="default: %(default)s")
+    group.add_argument("--threads", type=data.number_from(1), nargs="+", default=[1],
+                       help="default: %(default)s")
+    group.add_argument("--runs", type=data.number_from(1), default=50, help="default: %(default)s")
     parser.add_argument("--input", type=data.image_size, metavar="HxW", help="default: what the "
                         "checkpoint says; with --time and --profile for open heights and widths")
     parser.add_argument("--out", type=Path, metavar="PATH", help="the .onnx file to write (default: "
@@ -767,8 +768,6 @@ def main():
         parser.error(f"--{given[0].replace('_', '-')} goes with --weights")
     if (args.data or args.image) and not args.int8:
         parser.error("--data and --image are for --int8")
-    if args.runs < 1 or min(args.threads) < 1 or (args.batch is not None and args.batch < 1):
-        parser.error("--runs, --threads and --batch are numbers from 1 on")
     if args.weights:
         args.out = args.out or Path("lapx.onnx")
         if args.out.suffix != ".onnx":

@@ -462,12 +462,14 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
         return {"id": id, "image_id": 3, "category_id": 1, "iscrowd": 0, "bbox": bbox, "area": 5,
                 "keypoints": [7, 8, 1] + [0] * 48, "num_keypoints": 1, **change}
 
+    crowd = annotation(3, [0, 0, 9, 9], iscrowd=1)
+    del crowd["keypoints"]
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/person_keypoints_val2017.json").write_text(json.dumps({
         "images": [{"id": 3, "file_name": "3.jpg", "width": 200, "height": 100},
                    {"id": 2, "file_name": "2.jpg", "width": 200, "height": 100}],
         "annotations": [annotation(1, [10, 10, 31, 41], image_id=2), annotation(2, [-10, 80, 31, 61]),
-                        annotation(3, [0, 0, 9, 9], iscrowd=1, keypoints={}),
+                        crowd,
                         annotation(4, [0, 0, 9, 9], keypoints=[0] * 51),
                         annotation(5, [0, 0, 9, 9], category_id=2), annotation(6, [0, 0, 9, 9], area=0)],
         "categories": [{"id": 1, "keypoints": list(COCO.joints)}]}))
@@ -479,17 +481,23 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
     assert people.visible.sum() == 2 and people.joints[0, 0].tolist() == [7, 8]
 
 
-def test_a_malformed_coco_annotation_is_shown_with_its_file(coco, tmp_path):
+@pytest.mark.parametrize("spoil", [
+    lambda content: content["annotations"][2]["keypoints"].pop(),
+    lambda content: content["annotations"][2].pop("area"),
+    lambda content: content["annotations"][2].update(bbox=None),
+    lambda content: content["annotations"][2].update(image_id=12345),
+    lambda content: content["images"].insert(0, {"id": 12})])
+def test_a_malformed_coco_entry_is_shown_with_its_file(spoil, coco, tmp_path):
     content = json.loads((coco / "annotations/person_keypoints_val2017.json").read_text())
-    content["annotations"][2]["keypoints"].pop()
+    spoil(content)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/person_keypoints_val2017.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match='person_keypoints_val2017.json: an annotation(?s:.)*"id": 12'):
+    with pytest.raises(InputError, match='person_keypoints_val2017.json: an image(?s:.)*"id": 12'):
         data.read_coco(tmp_path, "val2017")
 
 
 def test_detected_boxes_are_neither_clipped_nor_shortened(coco):
-    content = data.read_coco_json(coco / "annotations/person_keypoints_val2017.json")
+    content = data.read_coco_json(coco / "annotations/person_keypoints_val2017.json", 17)
     people = data.read_boxes(coco / "detections.json", content["images"], "x", (256, 192), 17)
     annotated = data.read_coco(coco, "val2017")
     assert np.allclose(people.center, annotated.center + 0.5) and (people.score == 0.9).all()
@@ -747,6 +755,13 @@ def test_own_pictures_are_upright_and_in_their_own_pixels(weights, tmp_path):
     assert (tmp_path / "out/phone_heatmaps.png").exists() and (tmp_path / "out/phone_attention.png").exists()
 
 
+def test_bare_weights_are_taken_for_what_their_name_and_shapes_say(tmp_path, capsys):
+    torch.save({"state_dict": LAPX(TINY).state_dict()}, tmp_path / "LAPX_MPII_128_96.tar")
+    network = evaluate.Network(tmp_path / "LAPX_MPII_128_96.tar")
+    assert network.size == (128, 96) and network.skeleton == MPII and not network.bgr
+    assert "taken for mpii's and 128x96" in capsys.readouterr().out
+
+
 def test_colours_tell_left_from_right():
     assert data.joint_colour(MPII, 0, 1) == data.RIGHT and data.joint_colour(MPII, 6, 3) == data.LEFT
     assert data.joint_colour(COCO, 0) == data.MIDDLE
@@ -758,6 +773,10 @@ def test_colours_tell_left_from_right():
     (["--results", "none.json"], "name the annotations with --annotations"),
     ([], "give --weights FILE"),
     (["--weights", "W", "--input", "256x20"], "not HEIGHTxWIDTH"),
+    (["--weights", "W", "--batch-size", "0"], "'0' is not a whole number from 1 on"),
+    (["--weights", "W", "--annotations", "none.json"], "--annotations means nothing with --dataset"),
+    (["--weights", "W", "--skeleton", "coco"], "predicts 16 joints, but --skeleton names 17"),
+    (["--weights", "W", "--dataset", "synthetic", "--split", "test"], "the splits train and valid"),
     (["--weights", "W", "--image", "none.jpg"], "none.jpg: there is no such picture"),
     (["--weights", "W", "--dataset", "mpii", "--data", "none"], "no annotations of mpii split 'valid'"),
     (["--weights", "W", "--dataset", "coco", "--data", "none"], "predicts 16 joints, coco has 17")])

@@ -501,14 +501,14 @@ def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Recipes (the flags override them): " + json.dumps(RECIPES, indent=1))
-    data.add_data_arguments(parser, default=None)
+    data.add_data_arguments(parser, "synthetic, drawn on the fly", data.SIZES)
     group = parser.add_argument_group("recipe (default: the data set's, below)")
     group.add_argument("--variant", choices=VARIANTS, help="default: lapx")
     group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"), help="default: train valid, "
                        "or train2017 val2017 for coco")
-    group.add_argument("--epochs", type=int, help="another number than the recipe's scales its "
+    group.add_argument("--epochs", type=data.number_from(1), help="another number than the recipe's scales its "
                        "milestones and gamma schedule in proportion")
-    group.add_argument("--batch-size", type=int, help="in total, over all processes")
+    group.add_argument("--batch-size", type=data.number_from(1), help="in total, over all processes")
     group.add_argument("--lr", type=float)
     group.add_argument("--gamma-warmup", type=float, metavar="EPOCHS", help="gamma stays 0")
     group.add_argument("--gamma-ramp", type=float, metavar="EPOCHS", help="gamma rises to its target")
@@ -516,8 +516,8 @@ def parse():
                        "is the paper's; auto (default) is bfloat16 where the device computes in it")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile: minutes "
                        "to start, then faster steps; CUDA graphs on a GPU")
-    group.add_argument("--seed", type=int, help="default: 0")
-    group.add_argument("--overfit", type=int, metavar="N", help="train on N pictures and score on the "
+    group.add_argument("--seed", type=data.number_from(0), help="default: 0")
+    group.add_argument("--overfit", type=data.number_from(1), metavar="N", help="train on N pictures and score on the "
                        "same: a check of a setup")
     group.add_argument("--init", type=Path, metavar="FILE", help="start from these weights, wherever "
                        "the shapes fit")
@@ -526,7 +526,7 @@ def parse():
     group.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the "
                        "one in --out, if there is one")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    group.add_argument("--workers", type=int, help="loader processes (default: what the CPU has "
+    group.add_argument("--workers", type=data.number_from(0), help="loader processes (default: what the CPU has "
                        "to spare, at most 8 for each GPU)")
     return parser.parse_args()
 
@@ -569,8 +569,6 @@ def resolve(args):
                          "another one elsewhere")
     old = dict(vars(recipe))
     if args.epochs is not None and args.epochs != recipe.epochs:
-        if args.epochs < 1:
-            raise InputError(f"--epochs {args.epochs}: there must be at least 1")
         ratio, recipe.epochs = args.epochs / recipe.epochs, args.epochs
         recipe.milestones = tuple(round(milestone * ratio, 3) for milestone in recipe.milestones)
         recipe.gamma_warmup = round(recipe.gamma_warmup * ratio, 3)
@@ -579,11 +577,8 @@ def resolve(args):
         value = getattr(args, flag)
         if value is not None:
             setattr(recipe, flag, str(value) if isinstance(value, Path) else value)
-    for flag in ("batch_size", "lr", "overfit", "gamma_warmup", "gamma_ramp", "seed"):
-        value, positive = vars(recipe)[flag], flag in ("batch_size", "lr")
-        if not (value > 0 if positive else value >= 0):
-            raise InputError(f"--{flag.replace('_', '-')} {value} must be "
-                             + ("above 0" if positive else "0 or above"))
+    if not (recipe.lr > 0 and recipe.gamma_warmup >= 0 and recipe.gamma_ramp >= 0):
+        raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp not below")
     if recipe.precision == "auto":
         recipe.precision = fast_precision(args.device)
     if saved:
