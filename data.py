@@ -124,11 +124,11 @@ def box_to_center_scale(boxes, size):
 def crop(picture, matrix, size, reduction=1):
     """The crop (height, width) of a Pillow picture, bilinear, black outside: (H,W,3) uint8.
 
-    matrix: from the full picture to the crop. reduction: by how much the picture at hand is smaller.
-    Pillow's AFFINE maps the crop to the picture and puts pixel centres at i + 0.5, hence the half
-    pixels. OpenCV's warpAffine, which the published numbers used, rounds where Pillow truncates
-    (half a grey level) and blends into the black outside; the picture is cut to the part needed
-    with a ring of black around, so that Pillow does the latter too.
+    matrix: from the full picture to the crop. reduction: by how much the picture at hand is
+    smaller. Pillow's AFFINE maps the crop to the picture and puts pixel centres at i + 0.5, hence
+    the half pixels. OpenCV's warpAffine, which the published numbers used, rounds where Pillow
+    truncates (half a grey level) and blends into the black outside; the picture is cut to the part
+    needed with a ring of black around, so that Pillow does the latter too.
     """
     height, width = size
     inverse = invert(matrix)
@@ -158,7 +158,8 @@ def open_picture(path, reduction=1, upright=False):
             full_width = picture.width
             if reduction >= 2:
                 steps = 2 ** min(3, int(math.log2(reduction)))
-                picture.draft("RGB", (max(1, picture.width // steps), max(1, picture.height // steps)))
+                picture.draft("RGB", (max(1, picture.width // steps),
+                                      max(1, picture.height // steps)))
             if picture.mode in ("RGB", "L"):
                 picture.load()
             elif picture.mode.startswith("I;16"):  # 16 bits a pixel, which convert() would clip
@@ -171,8 +172,8 @@ def open_picture(path, reduction=1, upright=False):
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such picture") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: the picture can't be decoded ({error}); fetch it again, or leave "
-                         "it out") from None
+        raise InputError(f"{path}: the picture can't be decoded ({error}); fetch it again, or "
+                         "leave it out") from None
 
 
 # ---------------------------------------------------------------------------- readers
@@ -218,7 +219,7 @@ def read_json(path, object_hook=None):
 
 
 def find_file(root, names, dataset, split):
-    """The first of some files below root that exists; InputError naming all and where to get them."""
+    """The first of names below root that exists; InputError naming all and where to get them."""
     for name in names:
         if (Path(root) / name).is_file():
             return Path(root) / name
@@ -252,9 +253,10 @@ def mpii_people(entries, source, folder, num_joints):
     """MPII's JSON entries -> People. source names them in errors.
 
     An entry has the centre, scale and joints with 1-based pixels, scale = body height / 200, since
-    MPII's reference person is 200 pixels high. The adjustments are SimpleBaseline's: the centre goes down by 15 * scale (the annotated centre is
-    the torso's, too high for the whole person), then the box is padded, then everything 0-based.
-    joints_vis is 1 where a joint is annotated, occluded or not.
+    MPII's reference person is 200 pixels high. The adjustments are SimpleBaseline's: the centre
+    goes down by 15 * scale (the annotated centre is the torso's, too high for the whole person),
+    then the box is padded, then everything 0-based. joints_vis is 1 where a joint is annotated,
+    occluded or not.
     """
     center, scale, joints, visible = [], [], [], []
     for number, entry in enumerate(entries):
@@ -313,13 +315,15 @@ def read_coco_json(path, num_joints):
                 points = item["keypoints"]
                 item.setdefault("num_keypoints", sum(flag > 0 for flag in points[2::3]))
                 ok = (len(points) == 3 * K and len(item["bbox"]) == 4 and item["image_id"] in ids
-                      and math.isfinite(sum(points) + sum(item["bbox"]) + item["area"] + item["id"]))
+                      and math.isfinite(sum(points) + sum(item["bbox"]) + item["area"]
+                                        + item["id"]))
                 if not ok:
                     raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{path}: an image must have id, file_name, width and height, an annotation "
-                         f"id, category_id, a known image_id, bbox [x, y, w, h], area and {3 * K} "
-                         f"numbers as keypoints, but one is {json.dumps(item)[:200]}") from None
+        raise InputError(f"{path}: an image must have id, file_name, width and height, an "
+                         "annotation id, category_id, a known image_id, bbox [x, y, w, h], area "
+                         f"and {3 * K} numbers as keypoints, but one is "
+                         f"{json.dumps(item)[:200]}") from None
     return content
 
 
@@ -418,8 +422,9 @@ def check_pictures(people, dataset, split):
     with ThreadPoolExecutor(8) as pool:
         problems = [text for text in pool.map(problem, names) if text]
     if problems:
-        raise InputError(f"{len(problems)} of the {len(names)} pictures of {dataset} split {split!r} "
-                         "can't be used:\n  " + "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5))
+        raise InputError(f"{len(problems)} of the {len(names)} pictures of {dataset} split "
+                         f"{split!r} can't be used:\n  "
+                         + "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5))
                          + f"\n{where_to_fetch(dataset, split)}")
 
 
@@ -646,7 +651,7 @@ def normalise(images, bgr=False, mean=MEAN, deviation=STD):
 
 
 def target_sigma(size):
-    """The targets' standard deviation, in heatmap pixels: 2, or 3 where an input's side exceeds 256."""
+    """The targets' standard deviation in heatmap pixels: 2, or 3 if an input's side exceeds 256."""
     return 3 if max(size) > 256 else 2
 
 
@@ -769,7 +774,7 @@ class Axes:
 
 
 def line_charts(xs, panels, xlabel, width=720, height=240):
-    """Charts below each other: panels is a list of (name, {name of a curve: its values over xs})."""
+    """Charts below each other: panels is a list of (name, {a curve's name: its values over xs})."""
     picture = Image.new("RGB", (width, height * len(panels)), "white")
     draw = ImageDraw.Draw(picture)
     for number, (name, curves) in enumerate(panels):
@@ -871,10 +876,11 @@ SIZES = "256x256 for mpii, 256x192 for coco, 128x128 for synthetic"
 def load_people(dataset, root, split, size, skeleton, quiet=False):
     """The People of a split, counted on the screen, their pictures checked."""
     if dataset == "coco" and len(skeleton.sigmas) != len(skeleton.joints):
-        raise InputError("OKS, the metric of --dataset coco, needs a sigma for each joint in SKELETONS")
+        raise InputError("OKS, the metric of --dataset coco, needs a sigma for each joint in "
+                         "SKELETONS")
     if dataset != "coco" and len(skeleton.joints) != 16:
-        raise InputError(f"--dataset {dataset} has MPII's 16 joints, not {len(skeleton.joints)}; put "
-                         "joints of your own into COCO's layout, for --dataset coco")
+        raise InputError(f"--dataset {dataset} has MPII's 16 joints, not {len(skeleton.joints)}; "
+                         "put joints of your own into COCO's layout, for --dataset coco")
     people = DATASETS[dataset].read(root, split, size, skeleton)
     if not quiet:
         print(f"{dataset} {split}: {len(people)} persons in {len(np.unique(people.image_id))} "
@@ -916,7 +922,8 @@ def measure(dataset, workers, count=400):
 
 def main():
     parser = argparse.ArgumentParser(description="Look at training samples, or time them.",
-                                     epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser, "synthetic, drawn on the fly", SIZES)
     parser.add_argument("--split", help="default: the training split")
     parser.add_argument("--show", type=Path, metavar="PNG", help="write a sheet of samples")

@@ -175,8 +175,8 @@ def coco_ap(content, image_ids, keypoints, scores, areas, sigmas):
     known = set(images.tolist())
     unknown = np.setdiff1d(image_ids, images)
     if len(unknown):
-        raise InputError(f"the results name {len(unknown)} pictures that the annotations don't have "
-                         f"(first: {unknown[0]}); are both of the same split?")
+        raise InputError(f"the results name {len(unknown)} pictures that the annotations don't "
+                         f"have (first: {unknown[0]}); are both of the same split?")
     category = data.person_category(content)
     # an id that occurs twice means its last annotation both times, as in pycocotools
     last = {truth["id"]: truth for truth in content["annotations"]}
@@ -313,7 +313,8 @@ def model_info(config, dataset, skeleton, size):
     """All that belongs to a network's weights, as plain types: kept in checkpoints and ONNX files,
     so that no flag has to be repeated."""
     return {"variant": config and variant_name(config), "dataset": dataset,
-            "skeleton": asdict(skeleton), "input": list(size), "mean": list(MEAN), "std": list(STD), "colour": "RGB"}
+            "skeleton": asdict(skeleton), "input": list(size), "mean": list(MEAN),
+            "std": list(STD), "colour": "RGB"}
 
 
 def open_session(path, threads=0, profile=None, optimised=True):
@@ -363,7 +364,8 @@ class Network:
                 told = tuple(map(int, told.groups())) if told else DATASETS[guess].size
                 info = model_info(config, guess, SKELETONS[guess], told)
                 print(f"{path} does not tell its joints and input; taken for {guess}'s and "
-                      f"{'{}x{}'.format(*size or told)}, unless --skeleton and --input say otherwise")
+                      f"{'{}x{}'.format(*size or told)}, unless --skeleton and --input say "
+                      "otherwise")
         if not info and not (size and skeleton):
             raise InputError(f"{path} does not tell its input size and joints; name them with "
                              "--input HxW and --skeleton NAME (an entry of SKELETONS in lapx.py)")
@@ -390,8 +392,8 @@ class Network:
 
         takes, gives = self.session.get_inputs()[0].shape, self.session.get_outputs()
         if not fits(takes, (3, *self.size)):
-            raise InputError(f"{path} takes images of the shape {takes}, not (B, 3, {self.size[0]}, "
-                             f"{self.size[1]}); choose --input accordingly")
+            raise InputError(f"{path} takes images of the shape {takes}, not (B, 3, "
+                             f"{self.size[0]}, {self.size[1]}); choose --input accordingly")
         K = len(self.skeleton.joints)
         self.outputs = [output.name for output in gives
                         if fits(output.shape, (K, *heatmap_size(*self.size)))]
@@ -459,7 +461,8 @@ def predict(heatmaps_of, people, size, skeleton, flips=(True,), shift=True, quar
             result[rows, :, :2] = transform(points, matrices[rows])
             result[rows, :, 2] = scores.cpu().numpy()
         if not all(np.isfinite(result[rows]).all() for result in keypoints):
-            raise InputError("the network's heatmaps are NaN or infinite; take an earlier checkpoint")
+            raise InputError("the network's heatmaps are NaN or infinite; take an earlier "
+                             "checkpoint")
         if progress:
             progress(rows[-1] + 1)
     return keypoints
@@ -474,7 +477,8 @@ def show_progress(total, what="persons"):
     def show(done):
         left = (time.monotonic() - start) * (total - done) / done
         end = "\r" if done < total else "\r" + " " * 60 + "\r"
-        print(f"  {done}/{total} {what}, {left:.0f} s left   ", end=end, file=sys.stderr, flush=True)
+        print(f"  {done}/{total} {what}, {left:.0f} s left   ", end=end, file=sys.stderr,
+              flush=True)
     return show
 
 
@@ -519,7 +523,7 @@ def write_metrics(out, metrics, name="metrics.json"):
 
 
 def write_predictions(out, keypoints, people, dataset, size, skeleton):
-    """pred.mat as MPII's evaluation takes it, or results.json as COCO's server does. -> its path."""
+    """pred.mat as MPII's evaluation takes it, or results.json as COCO's server does. -> path."""
     if dataset == "coco":
         path = Path(out) / "results.json"
         data.write_file(path, json.dumps(coco_results(keypoints, people, size, skeleton.sigmas)))
@@ -543,7 +547,8 @@ def read_people(args, split, size, skeleton):
     images = data.read_coco_json(path, len(skeleton.joints))["images"]
     people = data.read_boxes(args.boxes, images, data.coco_image_folder(root, split), size,
                              len(skeleton.joints))
-    print(f"coco {split}: {len(people)} boxes of {args.boxes} in {len(images)} pictures", flush=True)
+    print(f"coco {split}: {len(people)} boxes of {args.boxes} in {len(images)} pictures",
+          flush=True)
     data.check_pictures(people, "coco", split)
     return people, str(args.boxes)
 
@@ -556,12 +561,12 @@ def find_coco(root, split):
 
 
 def evaluate_dataset(args):
-    """Predicts a split with a network and scores it, or only predicts where nothing is annotated."""
+    """Predicts a split with a network and scores it, or only predicts if nothing is annotated."""
     network = open_network(args)
     args.dataset = args.dataset or network.info["dataset"]
     if not args.dataset:
-        raise InputError(f"{args.weights} does not say what it was trained on; name a --dataset, or "
-                         "an --image")
+        raise InputError(f"{args.weights} does not say what it was trained on; name a --dataset, "
+                         "or an --image")
     info = DATASETS[args.dataset]
     split, root = args.split or info.valid, args.data or Path("data") / args.dataset
     expected = SKELETONS[args.skeleton or info.skeleton]
@@ -712,8 +717,8 @@ def predict_picture(network, picture, boxes, scores, args):
     corner, extent = boxes[:, :2], boxes[:, 2:]
     if not (np.isfinite(boxes).all() and (extent > 0).all() and (corner < picture.size).all()
             and (corner + extent > 0).all()):
-        raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in the "
-                         f"picture of {picture.width}x{picture.height}, not all of "
+        raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in "
+                         f"the picture of {picture.width}x{picture.height}, not all of "
                          f"{boxes.tolist()[:5]} do")
     center, scale = data.box_to_center_scale(boxes, network.size)
     N, K = len(boxes), len(network.skeleton.joints)
@@ -730,7 +735,7 @@ def predict_picture(network, picture, boxes, scores, args):
 
 
 def write_picture(out, stem, path, picture, persons, sheets, network, threshold):
-    """Writes what was found in a picture: the drawing, the JSON and the sheets, beside each other."""
+    """Writes what was found in a picture: the drawing, the JSON and sheets, beside each other."""
     joints = network.skeleton.joints
     content = [{"box": list(map(float, box)), "score": float(score), "joints": [
         {"name": name, "x": float(x), "y": float(y), "score": float(s)}
@@ -800,8 +805,8 @@ def draw_attention(network, picture, box, keypoints, joint):
         ImageDraw.Draw(tile).rectangle(
             (column * cell_width, row * cell_height, (column + 1) * cell_width,
              (row + 1) * cell_height), outline=data.MIDDLE, width=3)
-        tiles.append(data.titled(tile, f"stage {number}, gamma {gamma:.2f}, from the {joint}'s cell: "
-                                       f"{low:.1%} to {high:.1%} a cell"))
+        tiles.append(data.titled(tile, f"stage {number}, gamma {gamma:.2f}, from the {joint}'s "
+                                       f"cell: {low:.1%} to {high:.1%} a cell"))
     return data.grid(tiles, columns=len(tiles))
 
 
@@ -813,8 +818,9 @@ def open_network(args):
 
 
 def choose_device(name):
-    """auto -> the best device there is: cuda, mps or cpu. InputError if the named one is missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """auto -> the best device there is: cuda, mps or cpu. InputError if a named one is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         return next(device for device, present in there.items() if present)
     if not there[name]:
@@ -831,8 +837,8 @@ def main():
     group.add_argument("--split", help="default: valid, or val2017 for coco")
     group.add_argument("--boxes", default="gt", metavar="gt|FILE", help="persons to look at: the "
                        "annotated ones, or a person-detection JSON (default: %(default)s)")
-    group.add_argument("--results", metavar="FILE", help="score predictions made elsewhere: pred.mat "
-                       "(key preds, (N,16,2), 1-based) or COCO results.json")
+    group.add_argument("--results", metavar="FILE", help="score predictions made elsewhere: "
+                       "pred.mat (key preds, (N,16,2), 1-based) or COCO results.json")
     group.add_argument("--annotations", metavar="JSON", help="COCO's, for --results")
     group.add_argument("--both", action="store_true", help="score without and with the flip test")
     group = parser.add_argument_group("own pictures")
@@ -846,11 +852,13 @@ def main():
     group.add_argument("--attention", metavar="JOINT", help="also draw where the Non-Local modules "
                        'look from that joint, such as "left wrist"')
     group = parser.add_argument_group("how")
-    for flag, what in (("--no-flip", "no flip test"), ("--no-shift", "no shift of the mirrored map"),
+    for flag, what in (("--no-flip", "no flip test"),
+                       ("--no-shift", "no shift of the mirrored map"),
                        ("--no-offset", "no quarter-pixel offset"),
                        ("--bgr", "the network was trained on BGR pictures")):
         group.add_argument(flag, action="store_true", help=what)
-    group.add_argument("--batch-size", type=data.number_from(1), default=32, help="default: %(default)s")
+    group.add_argument("--batch-size", type=data.number_from(1), default=32,
+                       help="default: %(default)s")
     group.add_argument("--workers", type=data.number_from(0), default=2,
                        help="loader processes (default: %(default)s)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
@@ -860,9 +868,9 @@ def main():
     if not (args.weights or args.results):
         parser.error("give --weights FILE, or --results FILE to score predictions made elsewhere")
     mode = "results" if args.results else "image" if args.image else "dataset"
-    for flag, modes in (("weights", "image dataset"), ("both", "dataset"), ("annotations", "results"),
-                        ("split", "dataset results"), ("box", "image"), ("heatmaps", "image"),
-                        ("attention", "image")):
+    for flag, modes in (("weights", "image dataset"), ("both", "dataset"),
+                        ("annotations", "results"), ("split", "dataset results"),
+                        ("box", "image"), ("heatmaps", "image"), ("attention", "image")):
         if getattr(args, flag) and mode not in modes:
             parser.error(f"--{flag} means nothing with --{mode}")
     if args.boxes != "gt" and (args.box or mode == "results"):

@@ -5,9 +5,10 @@
     python export.py --time lapx.onnx lapx-int8.onnx peer.onnx --threads 1 2 --out runs/timing
     python export.py --profile lapx.onnx
 
-A float32 file is only written if ONNX Runtime computes with it what PyTorch does. All that its user needs
-(joints, flip pairs, limbs, input size, mean, deviation, order of the colours) is in the file, as
-JSON under the key "lapx" of its metadata; `evaluate.py --weights lapx.onnx` takes it from there.
+A float32 file is only written if ONNX Runtime computes with it what PyTorch does. All that its
+user needs (joints, flip pairs, limbs, input size, mean, deviation, order of the colours) is in the
+file, as JSON under the key "lapx" of its metadata; `evaluate.py --weights lapx.onnx` takes it from
+there.
 """
 
 import argparse
@@ -108,7 +109,8 @@ class HalfELU(nn.Module):
     """
 
     def forward(self, x):
-        flat = x.flatten(1)  # keeps tanh out of ONNX Runtime's blocked layout, which max can't share
+        # keeps tanh out of ONNX Runtime's blocked layout, which max can't share
+        flat = x.flatten(1)
         return torch.maximum(flat, softsign(torch.tanh(flat))).view(x.shape)
 
 
@@ -180,8 +182,8 @@ def fold(module, conv, norm):
 
 @torch.no_grad()
 def folded(model):
-    """A trained LAPX -> a copy without BatchNorms: each is in the convolution before it, but for the
-    first one of a block, which has none before it and becomes a depthwise convolution."""
+    """A trained LAPX -> a copy without BatchNorms: each is in the convolution before it, but for
+    the first one of a block, which has none before it and becomes a depthwise convolution."""
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
         if isinstance(module, Block):
@@ -391,14 +393,15 @@ def quantise(model, crops, all_stages=False):
             source[node] = root.get_submodule(node.target).behind
         elif isinstance(module, nn.Conv2d) and quantised and not node.target.endswith("head"):
             replace(node, QuantConv(module, source[node.args[0]]))
-            if not all(user.op == "call_module" and isinstance(root.get_submodule(user.target), nn.ELU)
+            if not all(user.op == "call_module"
+                       and isinstance(root.get_submodule(user.target), nn.ELU)
                        for user in node.users):  # a QuantELU quantises its input itself
                 quantise_output(node, Quant())
         elif node.op == "placeholder" or isinstance(module, NonLocal) or (
                 node.target is operator.add and quantised):
             quantise_output(node, Quant())
-        elif node.target is operator.mul and node.args[0] in source:  # args[1] is an attention's gate
-            quantise_output(node.args[1], Quant())
+        elif node.target is operator.mul and node.args[0] in source:
+            quantise_output(node.args[1], Quant())  # args[1] is an attention's gate
             quantise_output(node, Quant())
         elif node.target in (F.max_pool2d, F.interpolate, mean_of_pixels, maximum_of_pixels):
             # these stay in the range of what they are given
@@ -468,8 +471,8 @@ def calibration_crops(network, args, count=64):
             picture = picture.convert("RGB")
             crops.append(evaluate.crop_of(network, picture, [0, 0, *picture.size])[0][0])
     elif dataset:
-        people = DATASETS[dataset].read(args.data or Path("data") / dataset, DATASETS[dataset].train,
-                                        network.size, network.skeleton)
+        people = DATASETS[dataset].read(args.data or Path("data") / dataset,
+                                        DATASETS[dataset].train, network.size, network.skeleton)
         people = people.rows(np.linspace(0, len(people) - 1, min(count, len(people))).astype(int))
         samples = data.PoseDataset(people, network.size, network.skeleton)
         crops = [samples[row][1] for row in range(len(people))]
@@ -512,19 +515,21 @@ def export(args):
           + ", ".join(f"{item.name} {item.shape}" for item in
                       [*session.get_inputs(), *session.get_outputs()]))
     print(f"ONNX Runtime {onnxruntime.__version__} against PyTorch {torch.__version__} on "
-          f"{len(tests)} inputs: largest difference {largest:.1e}, root mean square {rms:.1e} of the "
-          "heatmaps' own")
+          f"{len(tests)} inputs: largest difference {largest:.1e}, root mean square {rms:.1e} of "
+          "the heatmaps' own")
     limit, value = (INT8_TOLERANCE, rms) if args.int8 else (TOLERANCE, largest)
     if not value <= limit:
         raise InputError(f"that is more than {limit:g}: no file is written")
     data.write_file(args.out, content)
-    print(f"wrote {args.out}" + (": score it with evaluate.py before you use it" if args.int8 else ""))
+    print(f"wrote {args.out}"
+          + (": score it with evaluate.py before you use it" if args.int8 else ""))
 
 
 # ---------------------------------------------------------------------------- timing
 
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8,
-               "tensor(double)": np.float64, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
+               "tensor(uint8)": np.uint8, "tensor(double)": np.float64,
+               "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 
 
 def random_inputs(session, path, size=None):
@@ -543,8 +548,8 @@ def random_inputs(session, path, size=None):
                 shape[side] = wanted
         if not all(isinstance(side, int) and side > 0 for side in shape) or (
                 item.type not in NUMPY_TYPES):
-            raise InputError(f"{path}: the input {item.name} {item.shape} {item.type} can't be made "
-                             "up; open heights and widths are given with --input HxW")
+            raise InputError(f"{path}: the input {item.name} {item.shape} {item.type} can't be "
+                             "made up; open heights and widths are given with --input HxW")
         values = rng.integers(0, 255, shape) if "int" in item.type else rng.standard_normal(shape)
         feed[item.name] = values.astype(NUMPY_TYPES[item.type])
     try:
@@ -631,8 +636,8 @@ def cpu_name():
     if sys.platform == "linux":
         match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     elif sys.platform == "darwin":
-        match = re.search(r": (.*)", subprocess.run(["sysctl", "machdep.cpu.brand_string"], text=True,
-                                                    capture_output=True).stdout)
+        match = re.search(r": (.*)", subprocess.run(
+            ["sysctl", "machdep.cpu.brand_string"], text=True, capture_output=True).stdout)
     return match[1] if match else platform.processor() or platform.machine()
 
 
@@ -718,8 +723,8 @@ def profile(args):
         spent[node["op_name"]] += node["dur"] / 1e3 / args.runs
         calls[node["op_name"]] += 1
     total = sum(spent.values())
-    print(f"{args.profile}, {cpu_name()}, {args.threads[0]} thread(s), mean of {args.runs} runs, the "
-          f"measuring included\n{'operator':24} {'ms':>8} {'share':>7} {'nodes':>6}")
+    print(f"{args.profile}, {cpu_name()}, {args.threads[0]} thread(s), mean of {args.runs} runs, "
+          f"the measuring included\n{'operator':24} {'ms':>8} {'share':>7} {'nodes':>6}")
     for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
         print(f"{name:24} {milliseconds:8.2f} {milliseconds / total:7.1%} "
               f"{calls[name] // args.runs:6}")
@@ -735,35 +740,38 @@ def main():
     group.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint or .tar file")
     group.add_argument("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
     group.add_argument("--bgr", action="store_true", help="the network was trained on BGR pictures")
-    group.add_argument("--batch", type=data.number_from(1), metavar="N", help="fixes the batch (default: open)")
-    group.add_argument("--all-stages", action="store_true", help="heatmaps of all stages as outputs")
+    group.add_argument("--batch", type=data.number_from(1), metavar="N",
+                       help="fixes the batch (default: open)")
+    group.add_argument("--all-stages", action="store_true",
+                       help="heatmaps of all stages as outputs")
     group.add_argument("--keypoints", action="store_true",
                        help="decoded keypoints (B,K,3), in pixels of the input, as an output")
     group.add_argument("--plain", action="store_true", help="the layers of training one by "
                        "one, BatchNorms folded")
-    group.add_argument("--int8", action="store_true", help="computes in 8 bits; ranges from 64 crops "
-                       "of the data set's training people, or from --image")
+    group.add_argument("--int8", action="store_true", help="computes in 8 bits; ranges from 64 "
+                       "crops of the data set's training people, or from --image")
     group.add_argument("--data", type=Path, metavar="DIR", help="for --int8: the data set's folder "
                        "(default: data/DATASET)")
     group.add_argument("--image", type=Path, nargs="+", metavar="PATH",
                        help="for --int8: pictures or folders instead, each with one person")
     group = parser.add_argument_group("time")
-    group.add_argument("--time", type=Path, nargs="+", metavar="ONNX", help="time files side by side")
+    group.add_argument("--time", type=Path, nargs="+", metavar="ONNX",
+                       help="time files side by side")
     group.add_argument("--profile", type=Path, metavar="ONNX", help="time per operator")
     group.add_argument("--threads", type=data.number_from(1), nargs="+", default=[1],
                        help="default: %(default)s")
     group.add_argument("--runs", type=data.number_from(1), default=50, help="default: %(default)s")
     parser.add_argument("--input", type=data.image_size, metavar="HxW", help="default: what the "
                         "checkpoint says; with --time and --profile for open heights and widths")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="the .onnx file to write (default: "
-                        "lapx.onnx); with --time the folder for JSON, CSV and the figure")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="the .onnx file to write "
+                        "(default: lapx.onnx); with --time the folder for JSON, CSV and the figure")
     args = parser.parse_args()
     if sum(map(bool, (args.weights, args.time, args.profile))) != 1:
         parser.error("give one of --weights FILE, --time ONNX..., --profile ONNX")
     if args.plain and args.int8:
         parser.error("--plain is the float32 network as it was trained, --int8 another one")
-    given = [flag for flag in ("skeleton", "bgr", "batch", "all_stages", "keypoints", "plain", "int8")
-             if getattr(args, flag)]
+    given = [flag for flag in ("skeleton", "bgr", "batch", "all_stages", "keypoints", "plain",
+                               "int8") if getattr(args, flag)]
     if given and not args.weights:
         parser.error(f"--{given[0].replace('_', '-')} goes with --weights")
     if (args.data or args.image) and not args.int8:

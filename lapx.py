@@ -35,7 +35,7 @@ MIN_SIZE = 64  # an hourglass halves the heatmap four times: H/4 and W/4 must be
 
 
 class InputError(ValueError):
-    """A mistake of the user's, told in one sentence: which thing, what was expected, the way out."""
+    """A user's mistake, told in one sentence: which thing, what was expected, the way out."""
 
 
 @dataclass(frozen=True)
@@ -440,7 +440,7 @@ AUTHORS_NAMES = (
 
 
 def our_name(name):
-    """A tensor's name in our naming, without the prefixes of DistributedDataParallel and compile."""
+    """A tensor's name in our naming, without prefixes of DistributedDataParallel and compile."""
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
     for theirs, ours in AUTHORS_NAMES:
         name = re.sub(theirs, ours, name)
@@ -537,7 +537,8 @@ def variant_name(config):
 def from_checkpoint(content, path):
     """A LAPX with the weights in a file's content (what load_file returned for path), strictly."""
     tensors = find_weights(content, path)
-    config, own = infer_config(tensors), content.get("config") if isinstance(content, dict) else None
+    config, own = (infer_config(tensors),
+                   content.get("config") if isinstance(content, dict) else None)
     if isinstance(own, dict) and "gamma_target" in own:  # a checkpoint of ours
         config = replace(config, gamma_target=own["gamma_target"])
     model = LAPX(config)

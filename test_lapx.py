@@ -89,11 +89,13 @@ def coco(tmp_path_factory):
             joints = np.array(entry["joints"])[[9, 13, 12, 15, 10, 14]]  # some joints, as COCO's
             visible = 2 * np.array(entry["joints_vis"])[[9, 13, 12, 15, 10, 14]]
             keypoints = np.zeros((17, 3))
-            keypoints[[0, 5, 6, 9, 10, 7]] = np.column_stack([joints - 1 + (330 * place, 0), visible])
+            keypoints[[0, 5, 6, 9, 10, 7]] = np.column_stack(
+                [joints - 1 + (330 * place, 0), visible])
             keypoints[keypoints[:, 2] == 0] = 0
             box = [330 * place + 10, 5, picture.width - 20, picture.height - 10]
-            annotations.append({"id": 10 + len(annotations), "image_id": 7 + number, "category_id": 1,
-                                "iscrowd": 0, "bbox": box, "area": 0.6 * box[2] * box[3],
+            annotations.append({"id": 10 + len(annotations), "image_id": 7 + number,
+                                "category_id": 1, "iscrowd": 0, "bbox": box,
+                                "area": 0.6 * box[2] * box[3],
                                 "keypoints": keypoints.ravel().tolist(),
                                 "num_keypoints": int((keypoints[:, 2] > 0).sum())})
             detections.append({"image_id": 7 + number, "category_id": 1, "bbox": box, "score": 0.9})
@@ -118,7 +120,8 @@ def weights(tmp_path_factory):
         model = LAPX(replace(TINY, num_joints=len(SKELETONS[name].joints)))
         paths.append(folder / f"{name}.pt")
         torch.save({"model": model.state_dict(), "config": vars(model.config),
-                    "info": evaluate.model_info(model.config, name, SKELETONS[name], size)}, paths[-1])
+                    "info": evaluate.model_info(model.config, name, SKELETONS[name], size)},
+                   paths[-1])
     return paths
 
 
@@ -128,7 +131,8 @@ def test_counts_agree_with_every_figure_of_the_paper():
     for name, (millions, *gigaflops) in lapx.PAPER.items():
         for (height, width, joints), printed in zip(lapx.COUNT_SIZES, gigaflops):
             if printed or joints == 16:
-                _, thop, _, flops = lapx.count(replace(VARIANTS[name], num_joints=joints), height, width)
+                _, thop, _, flops = lapx.count(replace(VARIANTS[name], num_joints=joints),
+                                               height, width)
                 assert f"{thop / 1e6:.2f}" == millions
                 assert printed in ("", f"{flops / 1e9:.2f}"), (name, height, width)
 
@@ -156,7 +160,8 @@ def authors_tensors(config):
         parts = {None: [], "ECA": ["conv.weight"], "ECA-CBAM": eca + ["spatial_conv.weight"],
                  "CBAM": ["fc.0.weight", "fc.2.weight", "conv.weight"],
                  "ECA-NonLocal": eca + ["position_attention.gamma"] + [
-                     f"position_attention.{part}.{kind}" for part in ("theta", "phi", "g", "out_proj")
+                     f"position_attention.{part}.{kind}"
+                     for part in ("theta", "phi", "g", "out_proj")
                      for kind in ("weight", "bias")]}[kind]
         return [f"{prefix}.{part}" for part in parts]
 
@@ -202,7 +207,8 @@ def authors_weights(variant):
 AUTHORS_OUTPUTS = {
     "lapx": (0.85197973, {64049: 0.384586, 62603: 0.372027, 63390: 0.348266, 29053: -0.330424,
                           99328: 0.250702, 91649: -0.202541, 73687: -0.198028, 94117: -0.177361,
-                          139132: 0.576618, 177766: -0.422627, 184103: -0.408666, 159809: 0.393942}),
+                          139132: 0.576618, 177766: -0.422627, 184103: -0.408666,
+                          159809: 0.393942}),
     "lap": (16.56843, {45209: -1.810972, 61: -1.661902, 13569: -1.414785, 47553: -1.13602,
                        98316: 8.665175, 98353: 5.737714, 77880: -2.809857, 88768: -0.985041}),
     "row5": (614.8595, {63314: 18.428648, 62603: 16.48992, 7348: -12.515835, 20599: -10.494693,
@@ -239,7 +245,8 @@ def test_variant_and_joints_are_read_from_the_shapes_of_the_authors_names(varian
 def test_state_dict_is_found_wherever_it_lies_and_prefixes_are_dropped(tmp_path):
     model = LAPX(TINY)
     wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"epoch": 3, "best": np.float64(88.6), "optimizer": {"state": {0: {"m": torch.ones(2)}}},
+    torch.save({"epoch": 3, "best": np.float64(88.6),
+                "optimizer": {"state": {0: {"m": torch.ones(2)}}},
                 "nested": [{"state_dict": wrapped}]}, tmp_path / "file.tar")
     loaded = lapx.lapx(num_joints=99, variant="lap", weights=tmp_path / "file.tar")
     assert loaded.config == TINY
@@ -250,7 +257,8 @@ def test_state_dict_is_found_wherever_it_lies_and_prefixes_are_dropped(tmp_path)
 @pytest.mark.parametrize("change, complaint", [
     (lambda tensors: tensors.pop("stages.0.conv.weight"), "missing stages.0.conv.weight"),
     (lambda tensors: tensors.update(extra=torch.ones(1)), "unexpected extra"),
-    (lambda tensors: tensors.update({"stem.bn.bias": torch.ones(3)}), "stem.bn.bias is (3,), not (4,)"),
+    (lambda tensors: tensors.update({"stem.bn.bias": torch.ones(3)}),
+     "stem.bn.bias is (3,), not (4,)"),
     (lambda tensors: tensors["stem.bn.bias"].fill_(float("nan")), "NaN"),
     (lambda tensors: tensors.pop("stages.0.head.weight"), "no weights of a LAPX network")])
 def test_weights_that_do_not_fit_are_listed(change, complaint, tmp_path):
@@ -262,7 +270,8 @@ def test_weights_that_do_not_fit_are_listed(change, complaint, tmp_path):
 
 
 def test_only_tensors_and_plain_types_are_unpickled(tmp_path):
-    torch.save({"args": argparse.Namespace(lr=1), "model": LAPX(TINY).state_dict()}, tmp_path / "file.pt")
+    torch.save({"args": argparse.Namespace(lr=1), "model": LAPX(TINY).state_dict()},
+               tmp_path / "file.pt")
     with pytest.raises(InputError, match="argparse.Namespace .* could run any code"):
         lapx.lapx(weights=tmp_path / "file.pt")
 
@@ -331,9 +340,12 @@ def test_decoding_ties_borders_and_empty_maps(offset):
 
 @pytest.mark.parametrize("center, scale, degrees, size, point, expected", [
     ((315, 245.427525), 2.20229375, 30, (256, 256), (17.25, -3.5), (-94.21069679, 89.23165974)),
-    ((390.1400146, 217.5700073), 1.6190999746, 0, (256, 192), (17.25, -3.5), (-125.09468592, -3.07726653)),
-    ((390.1400146, 217.5700073), 1.6190999746, 45, (256, 192), (96, 128), (-64.87392278, 213.76784384)),
-    ((963.6627605, 383.4415188), 4.7920052209, 80, (256, 192), (0, 0), (-13.17274810, 304.78219173))])
+    ((390.1400146, 217.5700073), 1.6190999746, 0, (256, 192), (17.25, -3.5),
+     (-125.09468592, -3.07726653)),
+    ((390.1400146, 217.5700073), 1.6190999746, 45, (256, 192), (96, 128),
+     (-64.87392278, 213.76784384)),
+    ((963.6627605, 383.4415188), 4.7920052209, 80, (256, 192), (0, 0),
+     (-13.17274810, 304.78219173))])
 def test_affine_is_the_published_one(center, scale, degrees, size, point, expected):
     matrix = affine(np.array(center), scale, size, degrees)
     moved = transform(np.array([point]), matrix)
@@ -378,13 +390,14 @@ def test_crop_is_exact_bilinear_rounded_down_and_black_outside(center, scale, de
 
 
 def test_crop_outside_the_picture_is_black():
-    assert not data.crop(Image.new("RGB", (50, 50), "white"), affine(np.array([500, 500]), 0.5, (64, 64)),
-                         (64, 64)).any()
+    assert not data.crop(Image.new("RGB", (50, 50), "white"),
+                         affine(np.array([500, 500]), 0.5, (64, 64)), (64, 64)).any()
 
 
 def test_reduced_decoding_shows_the_same_crop(tmp_path):
     people = data.read_drawn(None, "valid")
-    people.picture(3)[0].resize((1200, 900), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    people.picture(3)[0].resize((1200, 900), Image.Resampling.BICUBIC).save(
+        tmp_path / "a.jpg", quality=95)
     matrix = affine(np.array([600, 450]), 6, (128, 128), 10)
     (full, one), (half, reduction) = (data.open_picture(tmp_path / "a.jpg", n) for n in (1, 9.4))
     assert (one, reduction, half.size) == (1, 8, (150, 113))
@@ -399,7 +412,8 @@ def slow_targets(joints, visible, size, sigma):
     targets, weights = np.zeros((len(joints), h, w)), np.array(visible, float)
     for joint, (x, y) in enumerate(joints):
         mx, my = int(x / 4 + 0.5), int(y / 4 + 0.5)
-        left, top, right, bottom = mx - 3 * sigma, my - 3 * sigma, mx + 3 * sigma + 1, my + 3 * sigma + 1
+        left, top, right, bottom = (mx - 3 * sigma, my - 3 * sigma,
+                                    mx + 3 * sigma + 1, my + 3 * sigma + 1)
         if left >= w or top >= h or right < 0 or bottom < 0:
             weights[joint] = 0
         for row in range(h):
@@ -412,8 +426,8 @@ def slow_targets(joints, visible, size, sigma):
 
 @pytest.mark.parametrize("size, sigma", [((128, 96), 2), ((96, 128), 3)])
 def test_targets_are_simple_baselines_to_the_last_pixel(size, sigma):
-    edges = np.array([-40, -34, -30, -26, -6, -5.9, -2.1, -2, 0, 1.9, 2, 50.3, 94, 97.9, 98, 120, 122, 126,
-                      150, 152])
+    edges = np.array([-40, -34, -30, -26, -6, -5.9, -2.1, -2, 0, 1.9, 2, 50.3, 94, 97.9, 98, 120,
+                      122, 126, 150, 152])
     joints = np.array([(x, y) for x in edges for y in edges])
     visible = np.arange(len(joints)) % 7 > 0
     targets, weights = data.gaussian_targets(torch.from_numpy(joints)[None].float(),
@@ -432,12 +446,14 @@ def test_mpii_reader_adjusts_center_and_scale_and_counts_from_zero(tmp_path):
         (root / name).write_text(json.dumps([entry, {**entry, "center": [-1, -1]}]))
         people = data.read_mpii(root, "valid")
         assert people.center.tolist() == [[99, 79], [-2, -2]] and people.scale.tolist() == [2.5, 2]
-        assert people.joints[0, 0].tolist() == [10, 20] and people.visible[0].tolist() == [True] * 15 + [False]
+        assert (people.joints[0, 0].tolist() == [10, 20]
+                and people.visible[0].tolist() == [True] * 15 + [False])
         assert people.path(0) == root / "images/a.jpg"
 
 
-@pytest.mark.parametrize("key, value", [("joints", [[0, 0]] * 15), ("scale", 0), ("center", [1, "x"]),
-                                        ("scale", float("nan")), ("joints_vis", None), ("image", 3)])
+@pytest.mark.parametrize("key, value", [
+    ("joints", [[0, 0]] * 15), ("scale", 0), ("center", [1, "x"]), ("scale", float("nan")),
+    ("joints_vis", None), ("image", 3)])
 def test_a_malformed_mpii_entry_is_named_with_its_file(key, value, mpii, tmp_path):
     entries = json.loads((mpii / "annot/train.json").read_text())
     entries[4][key] = value
@@ -448,11 +464,13 @@ def test_a_malformed_mpii_entry_is_named_with_its_file(key, value, mpii, tmp_pat
 
 
 def test_missing_annotations_and_pictures_are_listed_with_where_to_get_them(mpii, tmp_path):
-    with pytest.raises(InputError, match="annot/trainval.json(?s:.)*mpii_trainval.json(?s:.)*https://"):
+    with pytest.raises(InputError,
+                       match="annot/trainval.json(?s:.)*mpii_trainval.json(?s:.)*https://"):
         data.read_mpii(mpii, "trainval")
     people = replace(data.read_mpii(mpii, "train"), folder=tmp_path)
     (tmp_path / "5.jpg").write_text("not a picture")
-    with pytest.raises(InputError, match=r"6 of the 6 pictures(?s:.)*0.jpg is missing(?s:.)*\.\.\.(?s:.)*https://"):
+    with pytest.raises(InputError, match=r"6 of the 6 pictures(?s:.)*0.jpg is missing(?s:.)*"
+                                         r"\.\.\.(?s:.)*https://"):
         data.check_pictures(people, "mpii", "train")
     data.check_pictures(data.read_mpii(mpii, "train"), "mpii", "train")
 
@@ -468,16 +486,19 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
     (tmp_path / "annotations/person_keypoints_val2017.json").write_text(json.dumps({
         "images": [{"id": 3, "file_name": "3.jpg", "width": 200, "height": 100},
                    {"id": 2, "file_name": "2.jpg", "width": 200, "height": 100}],
-        "annotations": [annotation(1, [10, 10, 31, 41], image_id=2), annotation(2, [-10, 80, 31, 61]),
+        "annotations": [annotation(1, [10, 10, 31, 41], image_id=2),
+                        annotation(2, [-10, 80, 31, 61]),
                         crowd,
                         annotation(4, [0, 0, 9, 9], keypoints=[0] * 51),
-                        annotation(5, [0, 0, 9, 9], category_id=2), annotation(6, [0, 0, 9, 9], area=0)],
+                        annotation(5, [0, 0, 9, 9], category_id=2),
+                        annotation(6, [0, 0, 9, 9], area=0)],
         "categories": [{"id": 1, "keypoints": list(COCO.joints)}]}))
     people = data.read_coco(tmp_path, "val2017")
     assert people.image_id.tolist() == [3, 2]  # in the order of the list of images
     # -10..20 is clipped to 0..29 (width 31 counts from the clipped edge), 80..140 to 80..99
     assert people.center.tolist() == [[15, 89.5], [25, 30]]
-    assert np.allclose(people.scale, np.array([max(30, 19 * 0.75), max(30, 40 * 0.75)]) / 200 * 1.25)
+    assert np.allclose(people.scale,
+                       np.array([max(30, 19 * 0.75), max(30, 40 * 0.75)]) / 200 * 1.25)
     assert people.visible.sum() == 2 and people.joints[0, 0].tolist() == [7, 8]
 
 
@@ -523,7 +544,8 @@ def test_pictures_of_every_mode_are_read(mode, tmp_path):
         picture = Image.fromarray(grey).convert("RGB").convert(mode)
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     picture.save(path)
-    crop = data.crop(data.open_picture(path)[0], affine(np.array([15, 10]), 0.1, (64, 64)), (64, 64))
+    crop = data.crop(data.open_picture(path)[0], affine(np.array([15, 10]), 0.1, (64, 64)),
+                     (64, 64))
     assert crop.shape == (64, 64, 3) and (abs(crop[20:40, 20:40].mean() - 128) < 3 or mode == "1")
 
 
@@ -537,12 +559,14 @@ def test_samples_depend_on_seed_epoch_and_person_alone(mpii):
     people = data.read_mpii(mpii, "train")
     dataset = PoseDataset(people, (64, 64), MPII, DATASETS["mpii"].augmentation, seed=1)
     batches = [[(2, 0), (2, 5)], [(3, 0), (2, 3)]]
-    alone, helped = ([[tensor for tensor in batch] for batch in data.make_loader(dataset, batches, workers)]
+    alone, helped = ([[tensor for tensor in batch]
+                      for batch in data.make_loader(dataset, batches, workers)]
                      for workers in (0, 2))
     for a, b in zip(alone, helped):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
     assert not torch.equal(dataset[2, 0][1], dataset[3, 0][1])
-    rotations = [DATASETS["mpii"].augmentation.draw(np.random.default_rng(n))[1] for n in range(999)]
+    rotations = [DATASETS["mpii"].augmentation.draw(np.random.default_rng(n))[1]
+                 for n in range(999)]
     assert 39 < np.abs(rotations).max() <= 40 and 350 < rotations.count(0) < 450
 
 
@@ -554,7 +578,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left on device"):
         data.write_file(tmp_path / "new/file", "new")
-    assert (tmp_path / "new/file").read_text() == "old" and len(list((tmp_path / "new").iterdir())) == 1
+    assert ((tmp_path / "new/file").read_text() == "old"
+            and len(list((tmp_path / "new").iterdir())) == 1)
 
 
 # ---------------------------------------------------------------------------- evaluate.py: MPII
@@ -569,7 +594,8 @@ def test_pckh_counts_errors_of_exactly_half_a_head(tmp_path):
         rng.random((40, 16, 1)) < 0.5, [[[1, 0]]], [[[0, -1]]])
     predictions = joints + offset * sizes[:, None, None]
     scores = evaluate.pckh(predictions, joints, annotated, sizes)
-    right = [[(np.abs(offset[n, j]).max() <= 0.5) for n in range(40) if annotated[n, j]] for j in range(16)]
+    right = [[(np.abs(offset[n, j]).max() <= 0.5) for n in range(40) if annotated[n, j]]
+             for j in range(16)]
     percent = [100 * np.mean(row) for row in right]
     assert scores["Head"] == pytest.approx(percent[9])
     assert scores["Wrist"] == pytest.approx((percent[10] + percent[15]) / 2)
@@ -584,22 +610,24 @@ def test_pckh_counts_errors_of_exactly_half_a_head(tmp_path):
     (tmp_path / "annot").mkdir()
     (tmp_path / "annot/valid.json").write_text(json.dumps([
         {"image": "none.jpg", "center": [9, 9], "scale": size / 25, "joints": person.tolist(),
-         "joints_vis": seen.astype(int).tolist()} for size, person, seen in zip(sizes, joints, annotated)]))
+         "joints_vis": seen.astype(int).tolist()}
+        for size, person, seen in zip(sizes, joints, annotated)]))
     savemat(tmp_path / "pred.mat", {"preds": predictions})
-    from_json = run("evaluate.py", "--results", tmp_path / "pred.mat", "--dataset", "mpii", "--data",
-                    tmp_path, "--out", tmp_path / "json")
+    from_json = run("evaluate.py", "--results", tmp_path / "pred.mat", "--dataset", "mpii",
+                    "--data", tmp_path, "--out", tmp_path / "json")
     assert "head size 25 * scale" in from_json
     corners = np.zeros((2, 2, 40))
     corners[1, 0] = sizes / 0.6
     savemat(tmp_path / "annot/gt_valid.mat", {
-        "pos_gt_src": joints.transpose(1, 2, 0), "jnt_missing": 1 - annotated.T, "headboxes_src": corners})
+        "pos_gt_src": joints.transpose(1, 2, 0), "jnt_missing": 1 - annotated.T,
+        "headboxes_src": corners})
     from_mat = run("evaluate.py", "--results", tmp_path / "pred.mat", "--dataset", "mpii", "--data",
                    tmp_path, "--out", tmp_path / "mat")
     assert "head boxes of gt_valid.mat" in from_mat
     for folder in ("json", "mat"):
         written = json.loads((tmp_path / folder / "metrics.json").read_text())
-        assert list(written) == ["Head", "Shoulder", "Elbow", "Wrist", "Hip", "Knee", "Ankle", "Mean",
-                                 "Mean@0.1"]
+        assert list(written) == ["Head", "Shoulder", "Elbow", "Wrist", "Hip", "Knee", "Ankle",
+                                 "Mean", "Mean@0.1"]
         assert written["Mean"] == pytest.approx(scores["Mean"], abs=1e-9)
 
 
@@ -618,7 +646,8 @@ def test_perfect_heatmaps_give_back_the_joints(size):
     for row in range(12):
         _, _, joints, visible = dataset[row]
         queue.append(data.gaussian_targets(joints[None], visible[None], size, 2)[0])
-    found, = evaluate.predict(lambda images: queue.pop(0), people, size, MPII, [False], batch_size=1)
+    found, = evaluate.predict(lambda images: queue.pop(0), people, size, MPII, [False],
+                              batch_size=1)
     pixels = 200 * people.scale / size[1]  # of the picture in one of the crop
     error = np.abs(found[..., :2] - people.joints).max(2)[people.visible & (found[..., 2] > 0.9)]
     assert error.max() < 2.6 * pixels.max()  # half a heatmap pixel, and the quarter offset
@@ -627,17 +656,20 @@ def test_perfect_heatmaps_give_back_the_joints(size):
 
 def test_predictions_do_not_depend_on_batches_and_processes(weights, mpii):
     network, people = evaluate.Network(weights[0]), data.read_mpii(mpii, "valid")
-    results = [evaluate.predict(network, people, (64, 64), MPII, [True], batch_size=size, workers=workers)[0]
+    results = [evaluate.predict(network, people, (64, 64), MPII, [True], batch_size=size,
+                                workers=workers)[0]
                for size, workers in ((1, 0), (4, 2), (6, 1))]
-    assert np.allclose(results[0], results[1], atol=1e-4) and np.allclose(results[0], results[2], atol=1e-4)
+    assert (np.allclose(results[0], results[1], atol=1e-4)
+            and np.allclose(results[0], results[2], atol=1e-4))
 
 
 def test_evaluating_mpii_writes_metrics_and_predictions(weights, mpii, tmp_path):
-    text = run("evaluate.py", "--weights", weights[0], "--dataset", "mpii", "--data", mpii, "--split",
-               "valid", "--both", "--out", tmp_path)
+    text = run("evaluate.py", "--weights", weights[0], "--dataset", "mpii", "--data", mpii,
+               "--split", "valid", "--both", "--out", tmp_path)
     assert "mpii valid, 6 persons, boxes gt, input 64x64, flip test with shift" in text
     assert "no flip test" in text and "Mean@0.1" in text
-    again = run("evaluate.py", "--results", tmp_path / "pred.mat", "--data", mpii, "--out", tmp_path / "b")
+    again = run("evaluate.py", "--results", tmp_path / "pred.mat", "--data", mpii,
+                "--out", tmp_path / "b")
     assert ((tmp_path / "metrics.json").read_text() == (tmp_path / "b/metrics.json").read_text())
     assert text.splitlines()[-2] in again
 
@@ -652,15 +684,16 @@ def random_coco(rng, kind):
         people = []
         for _ in range(rng.integers(0, 5)):
             box = np.concatenate([rng.uniform(0, 400, 2), rng.uniform(10, 200, 2)])
-            keypoints = np.column_stack([box[:2] + rng.random((17, 2)) * box[2:], rng.integers(0, 3, 17)])
+            keypoints = np.column_stack([box[:2] + rng.random((17, 2)) * box[2:],
+                                         rng.integers(0, 3, 17)])
             keypoints = keypoints.round() if kind == "whole pixels" else keypoints
             keypoints *= rng.random() < 0.85
             area = float(rng.choice([box[2] * box[3] * 0.6, 1024, 9216], p=[0.8, 0.1, 0.1]))
             for _ in range(rng.integers(1, 3)):  # now and then twice the same
                 annotations.append({
-                    "id": len(annotations) + (kind != "id 0"), "image_id": image["id"], "category_id": 1,
-                    "iscrowd": int(rng.random() < 0.1), "bbox": box.tolist(), "area": area,
-                    "keypoints": keypoints.ravel().tolist(),
+                    "id": len(annotations) + (kind != "id 0"), "image_id": image["id"],
+                    "category_id": 1, "iscrowd": int(rng.random() < 0.1), "bbox": box.tolist(),
+                    "area": area, "keypoints": keypoints.ravel().tolist(),
                     "num_keypoints": int((keypoints[:, 2] > 0).sum())})
             people.append((keypoints, area))
         for _ in range(rng.integers(0, 30)):
@@ -693,22 +726,25 @@ def test_average_precision_equals_pycocotools(kind, capsys):
         reference = Reference()
         reference.dataset = truth
         reference.createIndex()
-        judge = COCOeval(reference, reference.loadRes([dict(result) for result in results]), "keypoints")
+        judge = COCOeval(reference, reference.loadRes([dict(result) for result in results]),
+                         "keypoints")
         judge.evaluate(), judge.accumulate(), judge.summarize()
-        ours = evaluate.coco_ap(truth, *evaluate.results_arrays(results, "results", 17), COCO.sigmas)
+        ours = evaluate.coco_ap(truth, *evaluate.results_arrays(results, "results", 17),
+                                COCO.sigmas)
         assert list(ours) == list(evaluate.COCO_METRICS)
         assert np.abs(judge.stats - list(ours.values())).max() < 1e-9
 
 
 def test_rescoring_and_nms():
-    people = data.People(Path(), np.array([b""] * 3), np.array([5, 4, 5]), np.zeros((3, 2)), np.full(3, 0.5),
-                         None, None, np.array([1, 0.5, 0.9]))
+    people = data.People(Path(), np.array([b""] * 3), np.array([5, 4, 5]), np.zeros((3, 2)),
+                         np.full(3, 0.5), None, None, np.array([1, 0.5, 0.9]))
     keypoints = np.random.default_rng(0).uniform(0, 100, (3, 17, 3))
     keypoints[..., 2] = [[0.1] * 16 + [0.8], [0.2] * 17, [0.4] * 17]
     keypoints[2, :, :2] = keypoints[0, :, :2] + 1
     results = evaluate.coco_results(keypoints, people, (256, 192), COCO.sigmas)
     # the two on picture 5 are one person; 0.1 and 0.2 do not count
-    assert [(result["image_id"], round(result["score"], 9)) for result in results] == [(5, 0.8), (4, 0)]
+    assert [(result["image_id"], round(result["score"], 9))
+            for result in results] == [(5, 0.8), (4, 0)]
     keypoints[2, :, :2] += 50
     assert len(evaluate.coco_results(keypoints, people, (256, 192), COCO.sigmas)) == 3
 
@@ -716,17 +752,18 @@ def test_rescoring_and_nms():
 def test_evaluating_coco_writes_what_the_server_takes(weights, coco, tmp_path):
     from pycocotools.coco import COCO as Reference
 
-    text = run("evaluate.py", "--weights", weights[1], "--dataset", "coco", "--data", coco, "--boxes",
-               coco / "detections.json", "--out", tmp_path)
+    text = run("evaluate.py", "--weights", weights[1], "--dataset", "coco", "--data", coco,
+               "--boxes", coco / "detections.json", "--out", tmp_path)
     assert f"boxes {coco / 'detections.json'}" in text
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert list(metrics) == ["AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL"]
     truth = coco / "annotations/person_keypoints_val2017.json"
     assert len(Reference(str(truth)).loadRes(str(tmp_path / "results.json")).anns) == 6
-    run("evaluate.py", "--results", tmp_path / "results.json", "--annotations", truth, "--out", tmp_path / "b")
+    run("evaluate.py", "--results", tmp_path / "results.json", "--annotations", truth,
+        "--out", tmp_path / "b")
     assert json.loads((tmp_path / "b/metrics.json").read_text()) == metrics
-    text = run("evaluate.py", "--weights", weights[1], "--dataset", "coco", "--data", coco, "--split",
-               "test2017", "--boxes", coco / "detections.json", "--out", tmp_path / "c")
+    text = run("evaluate.py", "--weights", weights[1], "--dataset", "coco", "--data", coco,
+               "--split", "test2017", "--boxes", coco / "detections.json", "--out", tmp_path / "c")
     assert "no annotated joints" in text and (tmp_path / "c/results.json").exists()
     assert not (tmp_path / "c/metrics.json").exists()
 
@@ -741,9 +778,9 @@ def test_own_pictures_are_upright_and_in_their_own_pixels(weights, tmp_path):
     exif[0x0112] = 6
     lying.save(tmp_path / "phone.png", exif=exif)
     (tmp_path / "broken.jpg").write_text("x")
-    code, text = run("evaluate.py", "--weights", weights[0], "--image", tmp_path, "--box", 20, 10, 100, 120,
-                     "--threshold", -1, "--heatmaps", "--attention", "left wrist", "--out",
-                     tmp_path / "out", check=False)
+    code, text = run("evaluate.py", "--weights", weights[0], "--image", tmp_path,
+                     "--box", 20, 10, 100, 120, "--threshold", -1, "--heatmaps",
+                     "--attention", "left wrist", "--out", tmp_path / "out", check=False)
     assert code == 1 and "broken.jpg: the picture can't be decoded" in text
     assert "1 of 3 pictures could not be done" in text
     upright, phone = (json.loads((tmp_path / f"out/{name}_pose.json").read_text())["persons"]
@@ -752,7 +789,8 @@ def test_own_pictures_are_upright_and_in_their_own_pixels(weights, tmp_path):
     assert [joint["name"] for joint in upright[0]["joints"]] == list(MPII.joints)
     drawn = Image.open(tmp_path / "out/phone_pose.png")
     assert drawn.size == picture.size and drawn.tobytes() != picture.tobytes()
-    assert (tmp_path / "out/phone_heatmaps.png").exists() and (tmp_path / "out/phone_attention.png").exists()
+    assert ((tmp_path / "out/phone_heatmaps.png").exists()
+            and (tmp_path / "out/phone_attention.png").exists())
 
 
 def test_bare_weights_are_taken_for_what_their_name_and_shapes_say(tmp_path, capsys):
@@ -763,7 +801,8 @@ def test_bare_weights_are_taken_for_what_their_name_and_shapes_say(tmp_path, cap
 
 
 def test_colours_tell_left_from_right():
-    assert data.joint_colour(MPII, 0, 1) == data.RIGHT and data.joint_colour(MPII, 6, 3) == data.LEFT
+    assert (data.joint_colour(MPII, 0, 1) == data.RIGHT
+            and data.joint_colour(MPII, 6, 3) == data.LEFT)
     assert data.joint_colour(COCO, 0) == data.MIDDLE
 
 
@@ -774,11 +813,13 @@ def test_colours_tell_left_from_right():
     ([], "give --weights FILE"),
     (["--weights", "W", "--input", "256x20"], "not HEIGHTxWIDTH"),
     (["--weights", "W", "--batch-size", "0"], "'0' is not a whole number from 1 on"),
-    (["--weights", "W", "--annotations", "none.json"], "--annotations means nothing with --dataset"),
+    (["--weights", "W", "--annotations", "none.json"],
+     "--annotations means nothing with --dataset"),
     (["--weights", "W", "--skeleton", "coco"], "predicts 16 joints, but --skeleton names 17"),
     (["--weights", "W", "--dataset", "synthetic", "--split", "test"], "the splits train and valid"),
     (["--weights", "W", "--image", "none.jpg"], "none.jpg: there is no such picture"),
-    (["--weights", "W", "--dataset", "mpii", "--data", "none"], "no annotations of mpii split 'valid'"),
+    (["--weights", "W", "--dataset", "mpii", "--data", "none"],
+     "no annotations of mpii split 'valid'"),
     (["--weights", "W", "--dataset", "coco", "--data", "none"], "predicts 16 joints, coco has 17")])
 def test_mistakes_of_the_user_get_a_sentence_and_a_status(arguments, complaint, weights, tmp_path):
     arguments = [weights[0] if argument == "W" else argument for argument in arguments]
@@ -791,7 +832,8 @@ def test_mistakes_of_the_user_get_a_sentence_and_a_status(arguments, complaint, 
 def test_loss_is_the_papers_equation():
     generator = torch.manual_seed(0)
     outputs = [torch.rand(2, 3, 4, 5, generator=generator) for _ in range(3)]
-    targets, weights = torch.rand(2, 3, 4, 5, generator=generator), torch.tensor([[1., 0, 1], [1, 1, 1]])
+    targets, weights = (torch.rand(2, 3, 4, 5, generator=generator),
+                        torch.tensor([[1., 0, 1], [1, 1, 1]]))
     expected = 0
     for heatmaps in outputs:
         for b in range(2):
@@ -845,9 +887,9 @@ def test_batches_are_shared_out_and_reshuffled():
 
 def arguments(mpii, out, *more):
     """A run of seconds: six pictures, two batches of three an epoch."""
-    return ["--dataset", "mpii", "--data", mpii, "--input", "64x64", "--variant", "row11", "--epochs", 4,
-            "--batch-size", 3, "--gamma-warmup", 1, "--gamma-ramp", 1, "--workers", 0, "--device", "cpu",
-            "--out", out, *more]
+    return ["--dataset", "mpii", "--data", mpii, "--input", "64x64", "--variant", "row11",
+            "--epochs", 4, "--batch-size", 3, "--gamma-warmup", 1, "--gamma-ramp", 1,
+            "--workers", 0, "--device", "cpu", "--out", out, *more]
 
 
 @pytest.fixture(scope="session")
@@ -887,7 +929,8 @@ def test_gamma_in_a_run_is_frozen_and_then_learnt_from_a_fresh_state(finished):
     assert gammas[2] != [0.1, 0.1] and gammas[3] != gammas[2]
     last = lapx.load_file(finished[0] / "last.pt")
     names = [name for name, _ in lapx.lapx(weights=finished[0] / "last.pt").named_parameters()]
-    steps = {name: int(last["optimiser"]["state"][index]["step"]) for index, name in enumerate(names)}
+    steps = {name: int(last["optimiser"]["state"][index]["step"])
+             for index, name in enumerate(names)}
     assert steps["stem.conv.weight"] == 8
     assert all(count == 3 for name, count in steps.items() if name.endswith("gamma"))
 
@@ -899,9 +942,11 @@ def test_the_number_of_loader_processes_changes_nothing(finished, mpii, tmp_path
 
 def test_a_killed_run_resumes_to_the_very_same_weights(finished, mpii, tmp_path):
     rng, out = np.random.default_rng(time.time_ns()), tmp_path / "run"
-    command = [sys.executable, HERE / "train.py", *map(str, arguments(mpii, out, "--resume", "auto"))]
+    command = [sys.executable, HERE / "train.py",
+               *map(str, arguments(mpii, out, "--resume", "auto"))]
     for epoch in (1, 2, 3):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   text=True)
         for line in process.stdout:
             if line.strip().startswith(f"{epoch}/4"):
                 break
@@ -944,8 +989,9 @@ def test_two_processes_compute_what_one_does(mpii, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     losses = []
     for name, start in (("one", [sys.executable]), ("two", torchrun)):
-        command = [*start, HERE / "train.py", *arguments(mpii, tmp_path / name, "--batch-size", 2, "--epochs",
-                                                         1, "--precision", "float32")]
+        command = [*start, HERE / "train.py",
+                   *arguments(mpii, tmp_path / name, "--batch-size", 2, "--epochs", 1,
+                              "--precision", "float32")]
         done = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=200,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
@@ -980,16 +1026,18 @@ dist.barrier()
 dist.destroy_process_group()
 """)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", script], text=True, capture_output=True, timeout=100)
+                           "--nproc_per_node=2", script],
+                          text=True, capture_output=True, timeout=100)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(finished, mpii, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
+        finished, mpii, tmp_path):
     saved = lapx.load_file(finished[0] / "last.pt")
     torch.save({**saved, "epoch": 3, "step": 0}, tmp_path / "last.pt")
     before = (tmp_path / "last.pt").read_bytes()
-    code, text = run("train.py", "--resume", tmp_path / "last.pt", "--lr", 1e30, "--workers", 0, "--device",
-                     "cpu", check=False)
+    code, text = run("train.py", "--resume", tmp_path / "last.pt", "--lr", 1e30, "--workers", 0,
+                     "--device", "cpu", check=False)
     assert code == 1 and "epoch 4, step 2, with learning rate" in text and "Traceback" not in text
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -1000,9 +1048,11 @@ def test_a_picture_that_breaks_during_training_stops_it_with_its_path(workers, m
     (root / "images").mkdir(parents=True)
     for path in mpii.glob("images/*"):
         content = path.read_bytes()
-        (root / "images" / path.name).write_bytes(content[:3000] if path.name == "4.jpg" else content)
+        (root / "images" / path.name).write_bytes(
+            content[:3000] if path.name == "4.jpg" else content)
     (root / "annot").symlink_to(mpii / "annot")
-    code, text = run("train.py", *arguments(root, tmp_path / "run", "--workers", workers), check=False)
+    code, text = run("train.py", *arguments(root, tmp_path / "run", "--workers", workers),
+                     check=False)
     assert code == 1 and "4.jpg: the picture can't be decoded" in text and "Traceback" not in text
 
 
@@ -1023,7 +1073,8 @@ def test_init_takes_every_layer_that_fits_and_names_the_others(weights):
     said = train.initialise(model, weights[0])
     total = len(model.state_dict())
     # the other five are the two heads and the way back to the next stage
-    assert said.startswith(f"{total - 5} of {total} tensors from") and "stages.0.head.weight (17, 16, 1, 1)" in said
+    assert (said.startswith(f"{total - 5} of {total} tensors from")
+            and "stages.0.head.weight (17, 16, 1, 1)" in said)
     loaded = lapx.lapx(weights=weights[0])
     assert torch.equal(model.stem.conv.weight, loaded.stem.conv.weight)
 
@@ -1069,7 +1120,8 @@ def test_the_deployed_form_is_the_same_function(variant):
 
 
 def test_half_elu_is_elu_for_every_number():
-    x = torch.cat([torch.linspace(-30, 30, 10001), torch.tensor([-1e30, -1e-30, 0, 1e-30, 1e30])])[None]
+    x = torch.cat([torch.linspace(-30, 30, 10001),
+                   torch.tensor([-1e30, -1e-30, 0, 1e-30, 1e30])])[None]
     assert torch.allclose(2 * export.HalfELU()(x / 2), nn.functional.elu(x), rtol=1e-6, atol=1e-7)
 
 
@@ -1090,7 +1142,8 @@ def test_the_quantised_network_is_close_and_computes_its_convolutions_in_8_bits(
         difference = quantised(crops)[-1] - model(crops)[-1]
         assert difference.pow(2).mean() < 0.1 ** 2 * model(crops)[-1].pow(2).mean()
     convolutions = {name.split(".")[-1] for name, module in quantised.named_modules()
-                    if isinstance(module, nn.Conv2d) and "_conv" not in name and ".conv" not in name}
+                    if isinstance(module, nn.Conv2d)
+                    and "_conv" not in name and ".conv" not in name}
     assert convolutions <= {"head", "theta", "phi", "g", "out"}
 
 
@@ -1101,10 +1154,12 @@ def onnx_files(mpii, tmp_path_factory):
     folder = tmp_path_factory.mktemp("onnx")
     for name, config in (("tiny", TINY), ("one", ONE_STAGE)):
         torch.save({"model": scrambled(config).state_dict(), "config": vars(config),
-                    "info": evaluate.model_info(config, "mpii", MPII, (64, 96))}, folder / f"{name}.pt")
+                    "info": evaluate.model_info(config, "mpii", MPII, (64, 96))},
+                   folder / f"{name}.pt")
     exports = [subprocess.Popen(
-        [sys.executable, HERE / "export.py", "--weights", folder / f"{checkpoint}.pt", *flags, "--out",
-         folder / f"{name}.onnx"], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        [sys.executable, HERE / "export.py", "--weights", folder / f"{checkpoint}.pt", *flags,
+         "--out", folder / f"{name}.onnx"],
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for name, checkpoint, *flags in (("fast", "tiny", "--keypoints", "--all-stages"),
                                          ("plain", "one", "--plain"),
                                          ("int8", "one", "--int8", "--data", mpii, "--batch", "2"))]
@@ -1115,7 +1170,8 @@ def test_an_exported_file_says_how_to_use_it(onnx_files):
     folder, printed = onnx_files
     assert all("largest difference" in text and "wrote" in text for text in printed)
     session = evaluate.open_session(folder / "fast.onnx")
-    assert [output.name for output in session.get_outputs()] == ["heatmaps1", "heatmaps", "keypoints"]
+    assert [output.name for output in session.get_outputs()] == [
+        "heatmaps1", "heatmaps", "keypoints"]
     assert session.get_inputs()[0].shape == ["batch", 3, 64, 96]
     info = json.loads(session.get_modelmeta().custom_metadata_map["lapx"])
     assert info["input"] == [64, 96] and info["colour"] == "RGB" and info["mean"] == list(lapx.MEAN)
@@ -1126,12 +1182,13 @@ def test_an_exported_file_says_how_to_use_it(onnx_files):
 def test_an_exported_file_predicts_what_the_checkpoint_predicts(onnx_files, mpii, tmp_path):
     folder, people = onnx_files[0], data.read_mpii(mpii, "valid")
     tiny, fast, one, plain, int8 = (
-        evaluate.predict(evaluate.Network(folder / name), people, (64, 96), MPII, [True], batch_size=5)[0]
+        evaluate.predict(evaluate.Network(folder / name), people, (64, 96), MPII, [True],
+                         batch_size=5)[0]
         for name in ("tiny.pt", "fast.onnx", "one.pt", "plain.onnx", "int8.onnx"))
     assert np.allclose(plain, one, atol=1e-3) and np.allclose(fast, tiny, atol=1e-3)
     assert int8.shape == one.shape and not np.allclose(int8, one, atol=1e-3)
-    text = run("evaluate.py", "--weights", folder / "fast.onnx", "--dataset", "mpii", "--data", mpii, "--out",
-               tmp_path)
+    text = run("evaluate.py", "--weights", folder / "fast.onnx", "--dataset", "mpii",
+               "--data", mpii, "--out", tmp_path)
     assert "input 64x96" in text and "Mean@0.1" in text
 
 
@@ -1149,7 +1206,8 @@ def test_counting_a_file_counts_the_network(onnx_files):
     model = LAPX(ONE_STAGE).eval()
     for module in model.modules():  # the BatchNorms that are convolutions in the file
         if isinstance(module, lapx.Block):
-            module.bn1.register_forward_hook(lambda norm, x, output: elements.append(output.numel()))
+            module.bn1.register_forward_hook(
+                lambda norm, x, output: elements.append(output.numel()))
     model(torch.zeros(1, 3, 64, 96))
     expected, _, cost, _ = lapx.count(ONE_STAGE, 64, 96)
     assert multiply_adds == cost + sum(elements)
@@ -1187,7 +1245,8 @@ def test_export_says_what_is_wrong(arguments, complaint, onnx_files, monkeypatch
 @pytest.mark.parametrize("arguments, complaint", [
     (["--input", "64x64"], "takes images of the shape"),
     (["--skeleton", "coco"], "no heatmaps of 17 joints")])
-def test_an_onnx_file_that_does_not_fit_gets_a_sentence(arguments, complaint, onnx_files, mpii, tmp_path):
+def test_an_onnx_file_that_does_not_fit_gets_a_sentence(arguments, complaint, onnx_files, mpii,
+                                                        tmp_path):
     status, said = run("evaluate.py", "--weights", onnx_files[0] / "plain.onnx", "--image",
                        mpii / "images/0.jpg", "--out", tmp_path, *arguments, check=False)
     assert status == 1 and complaint in said and "Traceback" not in said
@@ -1197,10 +1256,12 @@ def test_an_onnx_file_of_others_needs_to_be_told_size_and_joints(tmp_path):
     import onnx
     from onnx import TensorProto, helper
 
-    graph = helper.make_graph([helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[4, 4], strides=[4, 4]),
+    graph = helper.make_graph([helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[4, 4],
+                                                strides=[4, 4]),
                                helper.make_node("Concat", ["y"] * 6, ["z"], axis=1),
                                helper.make_node("Slice", ["z", "a", "b", "c"], ["h"])], "peer",
-                              [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, "h", "w"])],
+                              [helper.make_tensor_value_info("x", TensorProto.FLOAT,
+                                                             ["n", 3, "h", "w"])],
                               [helper.make_tensor_value_info("h", TensorProto.FLOAT, None)],
                               [helper.make_tensor(name, TensorProto.INT64, [1], [value])
                                for name, value in (("a", 0), ("b", 17), ("c", 1))])

@@ -42,7 +42,7 @@ from lapx import SKELETONS, VARIANTS, InputError, find_weights, lapx, load_file
 
 # The defaults of the flags, and what else a recipe needs.
 RECIPES = {
-    #      the paper's: Adam (betas 0.9, 0.999; no weight decay, as it names none), batch 32 in total
+    #      the paper's: Adam (betas 0.9, 0.999; no weight decay, it names none), batch 32 in total
     "mpii": dict(epochs=200, batch_size=32, lr=3e-4,
                  factor=0.5, milestones=(105, 150, 175, 190),  # lr *= factor after these epochs
                  gamma_warmup=10, gamma_ramp=50),  # epochs with gamma = 0, epochs in which it rises
@@ -194,7 +194,8 @@ def train_epoch(run, loader, epoch):
     for group in run.optimiser.param_groups:
         group["lr"] = lr
     # Reading a loss waits for the GPU, asking the others for signals waits for all of them.
-    look_every = 1 if run.world == 1 and device.type == "cpu" else 10 if device.type == "cpu" else 50
+    look_every = (1 if run.world == 1 and device.type == "cpu"
+                  else 10 if device.type == "cpu" else 50)
     gammas = run.model.gammas()
     progress = evaluate.show_progress(steps, "steps") if run.rank == 0 else None
     run.net.train()
@@ -323,11 +324,11 @@ class Run:
             self.truth = evaluate.read_truth(self.valid, recipe.dataset, root, recipe.splits[1])
         batch = min(recipe.batch_size, len(people)) // self.world * self.world
         if not batch:
-            raise InputError(f"--batch-size {recipe.batch_size} with {len(people)} persons leaves none "
-                             f"for some of {self.world} processes")
+            raise InputError(f"--batch-size {recipe.batch_size} with {len(people)} persons leaves "
+                             f"none for some of {self.world} processes")
         if batch != recipe.batch_size:
-            self.say(f"batches of {batch}, not {recipe.batch_size}: there are {len(people)} persons "
-                     f"and {self.world} processes")
+            self.say(f"batches of {batch}, not {recipe.batch_size}: there are {len(people)} "
+                     f"persons and {self.world} processes")
         self.batches = EpochBatches(len(people), batch, recipe.seed, self.rank, self.world)
         dataset = PoseDataset(people, self.size, self.skeleton, augmentation, recipe.seed)
         self.loader = data.make_loader(dataset, self.batches, self.workers,
@@ -367,7 +368,7 @@ class Run:
             self.losses /= self.world
 
     def check_losses(self):
-        """InputError at the first loss of the epoch that is not finite, before anything is saved."""
+        """InputError at the epoch's first loss that is not finite, before anything is saved."""
         bad = (~self.losses[:self.step].isfinite()).nonzero().flatten().tolist()
         if bad:
             path = self.out / "last.pt"
@@ -411,7 +412,8 @@ class Run:
             self.batches.epoch, self.batches.first = self.epoch, self.step
             loss, speed, waiting = train_epoch(self, self.loader, self.epoch)
             (_, metrics), = evaluate_epoch(self, [False])
-            lr, gammas = self.optimiser.param_groups[0]["lr"], [g.item() for g in self.model.gammas()]
+            lr, gammas = (self.optimiser.param_groups[0]["lr"],
+                          [g.item() for g in self.model.gammas()])
             self.epoch, self.step = self.epoch + 1, 0
             self.history.append({
                 "epoch": self.epoch, "loss": loss, "images_per_second": speed, "lr": lr,
@@ -489,8 +491,8 @@ def draw_predictions(dataset, keypoints, skeleton, count=12):
         matrix = data.affine(people.center[row], people.scale[row], dataset.size)
         points = data.transform(keypoints[row, :, :2], matrix)
         enlarged = picture.resize((2 * picture.width, 2 * picture.height))
-        data.draw_pose(enlarged, np.column_stack([2 * points + 0.5, keypoints[row, :, 2]]), skeleton,
-                       threshold=0.2)
+        data.draw_pose(enlarged, np.column_stack([2 * points + 0.5, keypoints[row, :, 2]]),
+                       skeleton, threshold=0.2)
         sheet.append(enlarged)
     return data.grid(sheet, columns=min(6, len(sheet)))
 
@@ -504,30 +506,33 @@ def parse():
     data.add_data_arguments(parser, "synthetic, drawn on the fly", data.SIZES)
     group = parser.add_argument_group("recipe (default: the data set's, below)")
     group.add_argument("--variant", choices=VARIANTS, help="default: lapx")
-    group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"), help="default: train valid, "
-                       "or train2017 val2017 for coco")
-    group.add_argument("--epochs", type=data.number_from(1), help="another number than the recipe's scales its "
-                       "milestones and gamma schedule in proportion")
-    group.add_argument("--batch-size", type=data.number_from(1), help="in total, over all processes")
+    group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"),
+                       help="default: train valid, or train2017 val2017 for coco")
+    group.add_argument("--epochs", type=data.number_from(1), help="another number than the "
+                       "recipe's scales its milestones and gamma schedule in proportion")
+    group.add_argument("--batch-size", type=data.number_from(1),
+                       help="in total, over all processes")
     group.add_argument("--lr", type=float)
     group.add_argument("--gamma-warmup", type=float, metavar="EPOCHS", help="gamma stays 0")
-    group.add_argument("--gamma-ramp", type=float, metavar="EPOCHS", help="gamma rises to its target")
-    group.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"], help="float32 "
-                       "is the paper's; auto (default) is bfloat16 where the device computes in it")
-    group.add_argument("--compile", action="store_true", default=None, help="torch.compile: minutes "
-                       "to start, then faster steps; CUDA graphs on a GPU")
+    group.add_argument("--gamma-ramp", type=float, metavar="EPOCHS",
+                       help="gamma rises to its target")
+    group.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"],
+                       help="float32 is the paper's; auto (default) is bfloat16 where the device "
+                       "computes in it")
+    group.add_argument("--compile", action="store_true", default=None, help="torch.compile: "
+                       "minutes to start, then faster steps; CUDA graphs on a GPU")
     group.add_argument("--seed", type=data.number_from(0), help="default: 0")
-    group.add_argument("--overfit", type=data.number_from(1), metavar="N", help="train on N pictures and score on the "
-                       "same: a check of a setup")
-    group.add_argument("--init", type=Path, metavar="FILE", help="start from these weights, wherever "
-                       "the shapes fit")
+    group.add_argument("--overfit", type=data.number_from(1), metavar="N",
+                       help="train on N pictures and score on the same: a check of a setup")
+    group.add_argument("--init", type=Path, metavar="FILE",
+                       help="start from these weights, wherever the shapes fit")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATASET")
     group.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the "
                        "one in --out, if there is one")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    group.add_argument("--workers", type=data.number_from(0), help="loader processes (default: what the CPU has "
-                       "to spare, at most 8 for each GPU)")
+    group.add_argument("--workers", type=data.number_from(0), help="loader processes (default: "
+                       "what the CPU has to spare, at most 8 for each GPU)")
     return parser.parse_args()
 
 
@@ -536,9 +541,9 @@ RECIPE_FLAGS = ("data", "splits", "skeleton", "input", "variant", "batch_size", 
 
 
 def resolve(args):
-    """The flags -> the recipe (a Namespace of plain types), the run's folder, and the content of the
-    checkpoint to resume or None; what is not given comes from that checkpoint, else the defaults.
-    And what differs from there: {flag: the old value}."""
+    """The flags -> the recipe (a Namespace of plain types), the run's folder, and the content of
+    the checkpoint to resume or None; what is not given comes from that checkpoint, else the
+    defaults. And what differs from there: {flag: the old value}."""
     out, saved = args.out, None
     if args.resume:
         out = out or (Path("runs") / (args.dataset or "synthetic") if args.resume == "auto"
@@ -565,8 +570,8 @@ def resolve(args):
             precision="auto", compile=False, seed=0, overfit=0, init=None)
     out = out or Path("runs") / recipe.dataset
     if not args.resume and (out / "last.pt").exists():
-        raise InputError(f"{out} holds a run already: --resume auto goes on with it, --out DIR starts "
-                         "another one elsewhere")
+        raise InputError(f"{out} holds a run already: --resume auto goes on with it, --out DIR "
+                         "starts another one elsewhere")
     old = dict(vars(recipe))
     if args.epochs is not None and args.epochs != recipe.epochs:
         ratio, recipe.epochs = args.epochs / recipe.epochs, args.epochs
@@ -584,9 +589,10 @@ def resolve(args):
     if saved:
         fixed = [key for key in ("skeleton", "variant") if old[key] != getattr(recipe, key)]
         if fixed:
-            raise InputError(f"a run can't change its {' and '.join(fixed)} when it is resumed; --init "
-                             "takes the weights into a new run")
-    return recipe, out, saved, {key: value for key, value in old.items() if value != vars(recipe)[key]}
+            raise InputError(f"a run can't change its {' and '.join(fixed)} when it is resumed; "
+                             "--init takes the weights into a new run")
+    return recipe, out, saved, {key: value for key, value in old.items()
+                                if value != vars(recipe)[key]}
 
 
 def fast_precision(device):
@@ -615,13 +621,15 @@ def main():
         for key, value in changed.items():
             run.say(f"the recipe changes: {key} was {value}, is now {vars(recipe)[key]}")
     elif changed.get("epochs"):
-        run.say(f"{recipe.epochs} epochs, not {changed['epochs']}: milestones and gamma schedule are "
-                "scaled in proportion")
+        run.say(f"{recipe.epochs} epochs, not {changed['epochs']}: milestones and gamma schedule "
+                "are scaled in proportion")
     if run.epoch >= recipe.epochs and (out / "predictions.png").exists():
         run.say(f"all {recipe.epochs} epochs are done: nothing to do")
         return
-    facts = {"parameters": sum(p.numel() for p in run.model.parameters()), "torch": torch.__version__,
-             "device": torch.cuda.get_device_name(run.device) if args.device == "cuda" else args.device,
+    facts = {"parameters": sum(p.numel() for p in run.model.parameters()),
+             "torch": torch.__version__,
+             "device": (torch.cuda.get_device_name(run.device) if args.device == "cuda"
+                        else args.device),
              "processes": run.world, "batch per process": run.batches.batch_size // run.world,
              "loader processes": args.workers}
     for key, value in {**vars(recipe), **facts, "out": str(out)}.items():
@@ -634,8 +642,8 @@ def main():
         run.average_losses()
         run.check_losses()
         run.save()
-        run.say(f"stopped in epoch {run.epoch + 1} after step {run.step} of {run.batches.steps}; go on "
-                f"with: python train.py --resume {out / 'last.pt'}")
+        run.say(f"stopped in epoch {run.epoch + 1} after step {run.step} of {run.batches.steps}; "
+                f"go on with: python train.py --resume {out / 'last.pt'}")
         sys.exit(128 + run.stop.number)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
