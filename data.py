@@ -371,33 +371,52 @@ def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"]):
                   keypoints[..., :2].copy(), keypoints[..., 2] > 0, np.ones(len(rows)))
 
 
+def read_detections(path):
+    """A detector's persons, from a JSON list of {image_id or file_name, category_id (1, the
+    default, is a person), bbox [x, y, w, h], score}.
+
+    -> names of their pictures (without folder, ending and leading zeros), boxes (N,4), scores (N,).
+    """
+    try:
+        entries = [entry for entry in read_json(path) if entry.get("category_id", 1) == 1]
+        names = [Path(str(entry["file_name"] if "file_name" in entry else entry["image_id"])
+                      ).stem.lstrip("0") for entry in entries]
+        boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+        scores = np.array([entry["score"] for entry in entries], np.float64)
+        good = np.isfinite(boxes).all() and np.isfinite(scores).all() and (boxes[:, 2:] > 0).all()
+    except (KeyError, TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise InputError(f"{path} must be a list of {{image_id or file_name, bbox [x, y, w, h], "
+                         "score}} with finite numbers and boxes of some size")
+    return names, boxes, scores
+
+
+def people_in_boxes(boxes, scores, size, num_joints, folder="", files=None, image_id=None,
+                    image=None):
+    """Boxes (N,4) of persons without joints -> People. As in HRNet, detected boxes are neither
+    clipped nor shortened."""
+    N, (center, scale) = len(boxes), box_to_center_scale(boxes, size)
+    return People(Path(folder), np.zeros(N, "S1") if files is None else files,
+                  np.zeros(N, int) if image_id is None else image_id, center, scale,
+                  np.zeros((N, num_joints, 2), np.float32), np.zeros((N, num_joints), bool), scores,
+                  image=image)
+
+
 def read_boxes(path, images, folder, size, num_joints):
     """Detected boxes -> People without joints, in the file's order.
 
-    path: a JSON list of {image_id, category_id 1, bbox [x, y, w, h], score}. images: COCO's list of
-    images. The boxes are neither clipped nor shortened (as HRNet does); boxes of pictures that are
-    not in the list are left out.
+    images: COCO's list of images; boxes of pictures that are not in it are left out.
     """
-    names = {image["id"]: image["file_name"] for image in images}
-    entries = read_json(path)
-    try:
-        entries = [entry for entry in entries
-                   if entry["category_id"] == 1 and entry["image_id"] in names]
-        boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
-        score = np.array([entry["score"] for entry in entries], np.float64)
-        good = np.isfinite(boxes).all() and np.isfinite(score).all() and (boxes[:, 2:] > 0).all()
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good:
-        raise InputError(f"{path} must be a list of {{image_id, category_id, bbox [x, y, w, h], "
-                         "score}} with finite numbers and boxes of some size")
-    if not entries:
-        raise InputError(f"{path} has no box of a person in any of the {len(names)} pictures")
-    N, (center, scale) = len(entries), box_to_center_scale(boxes, size)
-    ids = [entry["image_id"] for entry in entries]
-    return People(Path(folder), np.array([os.fsencode(names[i]) for i in ids]), np.array(ids),
-                  center, scale, np.zeros((N, num_joints, 2), np.float32),
-                  np.zeros((N, num_joints), bool), score)
+    names, boxes, scores = read_detections(path)
+    known = {str(image["id"]): image for image in images}
+    rows = [row for row, name in enumerate(names) if name in known]
+    if not rows:
+        raise InputError(f"{path} has no box of a person in any of the {len(images)} pictures")
+    images = [known[names[row]] for row in rows]
+    return people_in_boxes(boxes[rows], scores[rows], size, num_joints, folder,
+                           np.array([os.fsencode(image["file_name"]) for image in images]),
+                           np.array([image["id"] for image in images]))
 
 
 def check_pictures(people, dataset, split):

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-from data import (DATASETS, PADDING, People, PoseDataset, affine, flip_order, invert, normalise,
+from data import (DATASETS, PADDING, PoseDataset, affine, flip_order, invert, normalise,
                   transform)
 from lapx import (MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, decode, from_checkpoint,
                   heatmap_size, load_file, variant_name)
@@ -270,6 +270,12 @@ def person_scores(keypoints, people):
     return ((keypoints[..., 2] * counted).sum(1) / np.maximum(counted.sum(1), 1)) * people.score
 
 
+def box_areas(people, size):
+    """The areas (N,) of the padded boxes, which have the shape of the network's input, in pixels of
+    the pictures."""
+    return (200 * people.scale) ** 2 * size[0] / size[1]
+
+
 def coco_results(keypoints, people, size, sigmas):
     """Predictions -> what COCO's server takes: a list of {image_id, category_id, keypoints, score}.
 
@@ -277,7 +283,7 @@ def coco_results(keypoints, people, size, sigmas):
     an OKS of 0.9 only the best is kept.
     """
     scores = person_scores(keypoints, people)
-    areas = (200 * people.scale) ** 2 * size[0] / size[1]  # of the padded boxes
+    areas = box_areas(people, size)
     rows_of = {}  # pictures in the order of their first appearance
     for row, image_id in enumerate(people.image_id.tolist()):
         rows_of.setdefault(image_id, []).append(row)
@@ -664,7 +670,7 @@ def evaluate_pictures(args):
         raise InputError(f"--attention {args.attention!r} is none of the network's joints: "
                          f"{', '.join(network.skeleton.joints)}")
     paths = pictures_in(args.image)
-    detected = read_detections(args.boxes) if args.boxes != "gt" else None
+    detected = data.read_detections(args.boxes) if args.boxes != "gt" else None
     for path in paths:
         stem = path.stem
         while stem in used:  # pictures of one name from several folders
@@ -676,9 +682,11 @@ def evaluate_pictures(args):
             boxes = args.box or [[0, 0, *picture.size]]
             scores = np.ones(len(boxes))
             if detected is not None:
-                boxes, scores = detected.get(path.stem.lstrip("0"), ([], []))
-                if not boxes:
+                names, boxes, scores = detected
+                rows = np.flatnonzero(np.array(names) == path.stem.lstrip("0"))
+                if not len(rows):
                     raise InputError(f"{path}: {args.boxes} has no person in it")
+                boxes, scores = boxes[rows], scores[rows]
             persons = predict_picture(network, picture, np.array(boxes, float), scores, args)
             sheets = {}
             if args.heatmaps:
@@ -696,22 +704,6 @@ def evaluate_pictures(args):
         sys.exit(f"error: {failed} of {len(paths)} pictures could not be done")
 
 
-def read_detections(path):
-    """Boxes by picture, from a person-detection JSON: {name or number: (boxes, scores)}."""
-    found = {}
-    try:
-        for entry in data.read_json(path):
-            if entry.get("category_id", 1) == 1:
-                name = Path(str(entry.get("file_name", entry.get("image_id")))).stem.lstrip("0")
-                boxes, scores = found.setdefault(name, ([], []))
-                boxes.append([float(value) for value in entry["bbox"]])
-                scores.append(float(entry["score"]))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{path} must be a list of {{image_id or file_name, bbox [x, y, w, h], "
-                         "score}") from None
-    return found
-
-
 def predict_picture(network, picture, boxes, scores, args):
     """-> a list of (box, keypoints (K,3), score) for a picture, best first, doubles left out."""
     corner, extent = boxes[:, :2], boxes[:, 2:]
@@ -720,16 +712,13 @@ def predict_picture(network, picture, boxes, scores, args):
         raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in "
                          f"the picture of {picture.width}x{picture.height}, not all of "
                          f"{boxes.tolist()[:5]} do")
-    center, scale = data.box_to_center_scale(boxes, network.size)
-    N, K = len(boxes), len(network.skeleton.joints)
-    people = People(Path(), np.zeros(N, "S1"), np.zeros(N, int), center, scale,
-                    np.zeros((N, K, 2), np.float32), np.zeros((N, K), bool), np.asarray(scores),
-                    image=picture)
+    K = len(network.skeleton.joints)
+    people = data.people_in_boxes(boxes, scores, network.size, K, image=picture)
     keypoints, = predict(network, people, network.size, network.skeleton, [not args.no_flip],
                          not args.no_shift, not args.no_offset, args.batch_size)
     score = person_scores(keypoints, people)
     sigmas = network.skeleton.sigmas or [0.07] * K  # about the mean of COCO's
-    areas = (200 * scale) ** 2 * network.size[0] / network.size[1]
+    areas = box_areas(people, network.size)
     return [(boxes[row], keypoints[row], score[row])
             for row in oks_nms(keypoints[..., :2], score, areas, sigmas)]
 
