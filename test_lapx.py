@@ -1135,8 +1135,9 @@ def test_elu_in_8_bits_is_elu_to_a_step_and_a_half():
     assert (elu(z) - nn.functional.elu(z)).abs().max() < steps + 0.01  # and e^-4.5 / 4 twice
 
 
-def test_the_quantised_network_is_close_and_computes_its_convolutions_in_8_bits():
-    model, crops = scrambled(VARIANTS["lapx"]), torch.randn(4, 3, 64, 64)
+@pytest.mark.parametrize("variant", ["lapx", "lap", "row4"])
+def test_the_quantised_network_is_close_and_computes_its_convolutions_in_8_bits(variant):
+    model, crops = scrambled(VARIANTS[variant]), torch.randn(4, 3, 64, 64)
     quantised = export.quantise(model, crops)
     with torch.no_grad():
         difference = quantised(crops)[-1] - model(crops)[-1]
