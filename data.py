@@ -950,6 +950,10 @@ def main():
     parser.add_argument("--workers", type=number_from(0), default=2, help="default: %(default)s")
     parser.add_argument("--seed", type=number_from(0), default=0, help="default: %(default)s")
     args = parser.parse_args()
+    if not (args.show or args.time):
+        parser.error("give --show PNG to look at samples, --time to time them, or both")
+    if args.show and args.show.suffix != ".png":
+        parser.error(f"--show {args.show} must end in .png")
     args.dataset = args.dataset or "synthetic"
     info = DATASETS[args.dataset]
     size, skeleton = args.input or info.size, SKELETONS[args.skeleton or info.skeleton]

@@ -738,8 +738,8 @@ def write_picture(out, stem, path, picture, persons, sheets, network, threshold)
     for name, pictures in sheets.items():
         for number, sheet in enumerate(pictures):
             data.write_png(out / f"{stem}_{name}{number or ''}.png", sheet)
-    print(f"{path}: {len(persons)} persons, {len(shown)} drawn -> {out / stem}_pose.png, .json",
-          flush=True)
+    print(f"{path}: {len(persons)} persons, {len(shown)} drawn (scores above {threshold:g}) -> "
+          f"{out / stem}_pose.png, .json", flush=True)
 
 
 def crop_of(network, picture, box):

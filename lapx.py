@@ -594,10 +594,10 @@ def count(config, height, width):
         elif isinstance(module, (ECA, CBAM)):
             extra.append(inputs[0].numel())
 
-    model = LAPX(config).eval()
-    for module in model.modules():
-        module.register_forward_hook(add)
-    with torch.no_grad():
+    with torch.device("meta"), torch.no_grad():  # shapes alone, no numbers
+        model = LAPX(config).eval()
+        for module in model.modules():
+            module.register_forward_hook(add)
         model(torch.zeros(1, 3, height, width))
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     bare = sum(n for name, n in parameters.items() if name.endswith((".alpha", ".gamma")))

@@ -376,7 +376,7 @@ class Run:
                 f"the loss is {self.losses[bad[0]].item()} in epoch {self.epoch + 1}, step "
                 f"{bad[0] + 1}, with learning rate {self.optimiser.param_groups[0]['lr']:g}; "
                 + (f"{path} is from before: --resume {path} with a lower --lr, or with --precision "
-                   "float32" if path.exists() else "start again with a lower --lr"))
+                   "float32" if path.exists() else "start again elsewhere with a lower --lr"))
 
     def save(self, name="last.pt", content=None):
         """Writes a checkpoint: the old one is replaced when the new one is whole on the disk."""
@@ -569,7 +569,7 @@ def resolve(args):
             skeleton=info.skeleton, input=info.size, variant="lapx", **RECIPES[dataset],
             precision="auto", compile=False, seed=0, overfit=0, init=None)
     out = out or Path("runs") / recipe.dataset
-    if not args.resume and (out / "last.pt").exists():
+    if not args.resume and (out / "recipe.json").exists():
         raise InputError(f"{out} holds a run already: --resume auto goes on with it, --out DIR "
                          "starts another one elsewhere")
     old = dict(vars(recipe))
