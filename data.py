@@ -388,7 +388,7 @@ def read_detections(path):
         good = False
     if not good:
         raise InputError(f"{path} must be a list of {{image_id or file_name, bbox [x, y, w, h], "
-                         "score}} with finite numbers and boxes of some size")
+                         "score} with finite numbers and boxes of some size")
     return names, boxes, scores
 
 
