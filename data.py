@@ -306,7 +306,8 @@ def read_coco_json(path, num_joints):
     try:
         category = person_category(content)
         for item in content["images"]:
-            ok = isinstance(item["file_name"], str) and item["width"] + item["height"] + item["id"]
+            if not isinstance(item["file_name"], str) or item["width"] + item["height"] <= 0:
+                raise ValueError
         ids = {image["id"] for image in content["images"]}
         for item in content.setdefault("annotations", []):
             if item["category_id"] == category:

@@ -575,10 +575,10 @@ def evaluate_dataset(args):
                          "or an --image")
     info = DATASETS[args.dataset]
     split, root = args.split or info.valid, args.data or Path("data") / args.dataset
-    expected = SKELETONS[args.skeleton or info.skeleton]
-    if len(expected.joints) != len(network.skeleton.joints):
-        raise InputError(f"{args.weights} predicts {len(network.skeleton.joints)} joints, "
-                         f"{args.dataset} has {len(expected.joints)}; choose another --dataset")
+    ours, theirs = len(network.skeleton.joints), len(SKELETONS[info.skeleton].joints)
+    if args.dataset != network.info["dataset"] and not args.skeleton and ours != theirs:
+        raise InputError(f"{args.weights} predicts {ours} joints, {args.dataset} has {theirs}; "
+                         "choose another --dataset")
     people, boxes = read_people(args, split, network.size, network.skeleton)
     flips = [False, True] if args.both else [not args.no_flip]
     try:

@@ -507,7 +507,8 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
     lambda content: content["annotations"][2].pop("area"),
     lambda content: content["annotations"][2].update(bbox=None),
     lambda content: content["annotations"][2].update(image_id=12345),
-    lambda content: content["images"].insert(0, {"id": 12})])
+    lambda content: content["images"].insert(0, {"id": 12}),
+    lambda content: content["images"][0].update(id=12, file_name=3)])
 def test_a_malformed_coco_entry_is_shown_with_its_file(spoil, coco, tmp_path):
     content = json.loads((coco / "annotations/person_keypoints_val2017.json").read_text())
     spoil(content)
@@ -766,6 +767,22 @@ def test_evaluating_coco_writes_what_the_server_takes(weights, coco, tmp_path):
                "--split", "test2017", "--boxes", coco / "detections.json", "--out", tmp_path / "c")
     assert "no annotated joints" in text and (tmp_path / "c/results.json").exists()
     assert not (tmp_path / "c/metrics.json").exists()
+
+
+def test_a_network_of_own_joints_is_scored_without_naming_them_again(coco, tmp_path):
+    own = lapx.Skeleton(("nose", "left eye", "right eye"), ((1, 2),), ((0, 1), (0, 2)), (0.05,) * 3)
+    config = replace(TINY, num_joints=3)
+    torch.save({"model": LAPX(config).state_dict(), "config": vars(config),
+                "info": evaluate.model_info(config, "coco", own, (64, 64))}, tmp_path / "own.pt")
+    content = json.loads((coco / "annotations/person_keypoints_val2017.json").read_text())
+    for annotation in content["annotations"]:
+        annotation["keypoints"] = annotation["keypoints"][:9]
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/person_keypoints_val2017.json").write_text(json.dumps(content))
+    (tmp_path / "images").symlink_to(coco / "images")
+    text = run("evaluate.py", "--weights", tmp_path / "own.pt", "--data", tmp_path, "--out",
+               tmp_path / "out")
+    assert "coco val2017" in text and "AP" in text
 
 
 # ---------------------------------------------------------------------------- evaluate.py: pictures
