@@ -1,37 +1,80 @@
 """LAPX, the Lightweight Hourglass Network with Global Context (arXiv 2512.16089), in one file.
 
-    from lapx import decode, lapx
-    model = lapx(weights="LAPX_MPII_256_256.tar").eval()  # or lapx(num_joints=16), untrained
-    heatmaps = model(images)                  # images (B,3,H,W), (RGB / 255 - MEAN) / STD
-                                              # -> list of S heatmaps (B,K,H/4,W/4)
-    keypoints, scores = decode(heatmaps[-1])  # (B,K,2) heatmap pixels, times 4 input pixels; (B,K)
+    import torch
+    from lapx import STRIDE, decode, lapx
 
-It needs torch alone: copy it into a project and it works. `python lapx.py` prints the parameters
-and multiply-adds of every variant beside the figures of the paper.
+    model = lapx(weights="mpii").eval()     # the authors' weights; lapx(num_joints=16): untrained
+    images = torch.zeros(1, 3, 256, 256)    # RGB, (values in 0..1 - MEAN) / STD
+    with torch.no_grad():
+        heatmaps = model(images)            # a list of S heatmaps (B,K,h,w), the last is the best
+    keypoints, scores = decode(heatmaps[-1])
+    print(STRIDE * keypoints)               # (B,K,2), x and y in pixels of the input
 
-The network looks at a picture through a stem (to a quarter of its size), then through S stages.
-Every stage is an hourglass (down to 1/64, up again), which ends in one heatmap per joint; the next
-stage sees the features and the heatmaps and does better. The last stage's heatmaps are the answer.
+It needs torch alone: copy it into a project and it works. `python lapx.py` prints the size and the
+cost of every variant beside the paper's figures.
 
-Glossary, one letter for one thing in all files
-    B batch    C channels    K joints    S stages    H, W input size
-    h, w size of the map at hand: H/4, W/4 of heatmaps, about H/64, W/64 at an hourglass's bottom
-    N number of things: cells h*w in the Non-Local module, persons in data sets
-    alpha  soft gate, one learnt factor per channel of a residual
-    gamma  how much global context is added; one number per Non-Local module
+A stem brings the picture to a quarter of its size. Then come S stages. Each stage is an hourglass
+(down to 1/64 of the picture, and up again), which ends in one heatmap per joint. The next stage
+sees the features and the heatmaps, and does better. The last stage's heatmaps are the prediction.
+
+What each module puts out for one picture of 256 x 256, channels x height x width (PAPER Figure 1):
+
+    stem.conv                            52 x 128 x 128
+    stem.block1                         104 x 128 x 128    a 2x2 max pooling follows
+    stem.block2                         208 x 64 x 64
+    stem.block3                         208 x 64 x 64
+    stem.attention                      208 x 64 x 64
+    stages.0.hourglass.levels.3.skip    208 x 64 x 64      waits for the way up
+    stages.0.hourglass.levels.3.down    208 x 32 x 32      levels 2, 1, 0: the same at 32, 16, 8
+    stages.0.hourglass.levels.0.down    208 x 4 x 4
+    stages.0.hourglass.bottom           208 x 4 x 4
+    stages.0.hourglass.neck             208 x 4 x 4        Non-Local: each cell sees all 16
+    stages.0.hourglass.levels.0.up      208 x 4 x 4        upsampled, then added to its skip
+    stages.0.hourglass.levels.3.up      208 x 32 x 32
+    stages.0.hourglass                  208 x 64 x 64
+    stages.0.block                      208 x 64 x 64
+    stages.0.conv                       208 x 64 x 64
+    stages.0.attention                  208 x 64 x 64
+    stages.0.head                        16 x 64 x 64      the heatmaps of stage 1
+    stages.0.features_to_next           208 x 64 x 64
+    stages.0.heatmaps_to_next           208 x 64 x 64      stages 2 and 3: the same again
+
+Glossary. One letter means one thing in all files:
+    B batch    C channels    K joints    S stages    N persons of a data set
+    H, W       height and width of the network's input; sizes are written (height, width)
+    h, w       height and width of a feature map or a heatmap, H/4 and W/4 for heatmaps
+    alpha      the soft gate: one learnt factor per channel of a residual
+    gamma      the factor of the global context: one number per Non-Local module
+    neck       the attention at the bottom of an hourglass, where the map is smallest (the paper)
+    width      the number of channels inside a block
+    cell       one position (y, x) of a feature map
+
+Three tags tie the code to the paper; `grep -nE "PAPER|DIFFERS" *.py` finds them all. `PAPER` with a
+section, an equation, a table or a figure: it stands there. `PAPER SILENT`: we had to choose.
+`DIFFERS`: we do something else. The README lists the last two in a table.
 """
 
+import argparse
+import functools
+import hashlib
+import os
+import pickle
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Constants that a caller needs. The pictures are RGB in 0..1, normalised per channel.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-STRIDE = 4  # heatmap pixel (x, y) lies on input pixel (4x, 4y), without a half-pixel term
-MIN_SIZE = 64  # an hourglass halves the heatmap four times: H/4 and W/4 must be at least 16
+# PAPER SILENT: colours and normalisation. RGB with ImageNet's mean and standard deviation, as HRNet
+# has it (SimpleBaseline feeds BGR with the same numbers: evaluate.py --bgr).
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+STRIDE = 4  # heatmap pixel (x, y) lies on input pixel (4x, 4y); there is no half-pixel term
+MIN_SIZE = 64  # an hourglass halves the heatmap four times, so H/4 and W/4 are at least 16
 
 
 class InputError(ValueError):
@@ -43,9 +86,9 @@ class Skeleton:
     """The joints of a data set. A new set of joints is one more entry in SKELETONS."""
 
     joints: tuple  # K names, in the order of the heatmaps
-    flip_pairs: tuple  # pairs of joint indices that trade places when a picture is mirrored
+    flip_pairs: tuple  # pairs of joint indices that change places when a picture is mirrored
     limbs: tuple  # pairs of joint indices that are joined by a line in drawings
-    sigmas: tuple = ()  # K falloffs of the object keypoint similarity (OKS); COCO's metric only
+    sigmas: tuple = ()  # K falloffs of the object keypoint similarity (OKS), COCO's metric
 
 
 SKELETONS = {
@@ -70,83 +113,23 @@ SKELETONS = {
 }
 
 
-# ---------------------------------------------------------------------------- configuration
-
-@dataclass(frozen=True)
-class LAPXConfig:
-    """All that decides the network's shape, and the value to which training raises gamma."""
-
-    num_joints: int = 16
-    stages: int = 3
-    channels: int = 208
-    soft_gate: bool = True  # inside the hourglasses
-    stem_attention: str | None = "ECA-CBAM"  # at the end of the stem
-    stage_attention: str | None = "ECA-CBAM"  # after every hourglass
-    neck_attention: tuple = ("ECA-NonLocal", "ECA", "ECA-NonLocal")  # at the bottom of each one
-    gamma_target: float = 0.2
-
-    def __post_init__(self):
-        if len(self.neck_attention) != self.stages:
-            raise InputError(f"{self.stages} stages need as many neck_attention, not "
-                             f"{self.neck_attention}")
-
-
-def _variants():
-    none = (None,) * 5
-    necks = ("ECA-NonLocal", "ECA", "ECA-NonLocal")
-    # DIFFERS FROM THE PAPER: it only says that stage 2 has no ECA-NonLocal; the authors' released
-    # model has a plain ECA there, and so have we.
-    table = {
-        #        stages  C  soft gate   stem        stage       neck            gamma   Table 3
-        "lapx":  (3, 208, True,  "ECA-CBAM", "ECA-CBAM", necks,            0.2),  # row 12
-        "lap":   (2, 256, False, "CBAM",     "CBAM",     ("CBAM", "CBAM"), 0.2),  # the predecessor
-        "row1":  (2, 256, False, None,       None,       none[:2],         0.2),
-        "row2":  (3, 208, False, None,       None,       none[:3],         0.2),
-        "row3":  (4, 180, False, None,       None,       none[:4],         0.2),  # printed as 190
-        "row4":  (5, 160, False, None,       None,       none[:5],         0.2),
-        "row5":  (3, 208, False, None,       "CBAM",     none[:3],         0.2),
-        "row6":  (3, 208, False, None,       "ECA-CBAM", none[:3],         0.2),
-        "row7":  (3, 208, True,  None,       None,       none[:3],         0.2),
-        "row8":  (3, 208, True,  None,       "ECA-CBAM", none[:3],         0.2),
-        "row9":  (3, 208, False, "ECA-CBAM", "ECA-CBAM", none[:3],         0.2),
-        "row10": (3, 208, True,  "ECA-CBAM", "ECA-CBAM", none[:3],         0.2),
-        "row11": (3, 208, True,  "ECA-CBAM", "ECA-CBAM", necks,            0.1),
-        "row12": (3, 208, True,  "ECA-CBAM", "ECA-CBAM", necks,            0.2),  # lapx
-        "row13": (3, 208, True,  "ECA-CBAM", "ECA-CBAM", necks,            0.3),
-        "row14": (3, 208, True,  "ECA-CBAM", "ECA-CBAM", necks,            0.4),
-    }
-    return {name: LAPXConfig(16, *row) for name, row in table.items()}
-
-
-VARIANTS = _variants()
-
-
 # ---------------------------------------------------------------------------- attention
 
 class ECA(nn.Module):
     """Efficient channel attention: every channel is scaled by what its neighbours say.
 
-    (B,C,h,w) -> (B,C,h,w). DIFFERS FROM THE PAPER of ECA-Net: the descriptor is the average plus
-    the maximum over the pixels, and the kernel always spans 7 channels, as the released weights do.
+    PAPER §3.3: the average plus the maximum over the pixels, a kernel of 7 channels.
+    (B,C,h,w) -> same, for any C.
     """
 
     def __init__(self, channels=None):
         super().__init__()
         self.conv = nn.Conv1d(1, 1, 7, padding=3, bias=False)
 
-    def descriptor(self, x):
-        return x.mean((2, 3)) + x.amax((2, 3))  # (B,C)
-
     def forward(self, x):
-        gate = self.conv(self.descriptor(x)[:, None]).sigmoid()  # (B,1,C)
+        descriptor = x.mean((2, 3)) + x.amax((2, 3))  # (B,C)
+        gate = self.conv(descriptor[:, None]).sigmoid()  # (B,1,C)
         return x * gate.transpose(1, 2)[..., None]  # (B,C,1,1) scales (B,C,h,w)
-
-
-class ChannelPool(nn.Module):
-    """The maximum and the mean over the channels: (B,C,h,w) -> (B,2,h,w)."""
-
-    def forward(self, x):
-        return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)
 
 
 class SpatialAttention(nn.Module):
@@ -154,29 +137,29 @@ class SpatialAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.pool = ChannelPool()
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
     def forward(self, x):
-        return x * self.conv(self.pool(x)).sigmoid()
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (B,2,h,w)
+        return x * self.conv(pooled).sigmoid()
 
 
-class ECACBAM(SpatialAttention):
-    """ECA-CBAM: the channels by ECA, then the pixels. (B,C,h,w) -> same."""
+class ECACBAM(nn.Module):
+    """ECA-CBAM: channels are scaled by ECA, then pixels. PAPER §3.3. (B,C,h,w) -> same."""
 
     def __init__(self, channels=None):
         super().__init__()
         self.eca = ECA()
+        self.spatial = SpatialAttention()
 
     def forward(self, x):
-        return super().forward(self.eca(x))
+        return self.spatial(self.eca(x))
 
 
-class CBAM(SpatialAttention):
-    """CBAM as LAP has it: the channels by a bottleneck MLP, then the pixels. (B,C,h,w) -> same.
+class CBAM(nn.Module):
+    """CBAM as LAP has it: channels are scaled by a small MLP, then pixels. PAPER Table 3, row 5.
 
-    DIFFERS FROM THE PAPER of CBAM: each descriptor has a sigmoid of its own after the MLP and the
-    two are added, so that the gate runs from 0 to 2, as the released model computes it.
+    (B,C,h,w) -> same.
     """
 
     def __init__(self, channels, reduction=16):
@@ -186,40 +169,50 @@ class CBAM(SpatialAttention):
             nn.ReLU(),
             nn.Linear(channels // reduction, channels, bias=False),
         )
+        self.spatial = SpatialAttention()
 
     def forward(self, x):
+        # PAPER SILENT: CBAM's gate. The authors' code takes a sigmoid of each descriptor and adds
+        # the two, so that the gate runs from 0 to 2; Woo et al. add first and take one sigmoid.
         gate = self.mlp(x.amax((2, 3))).sigmoid() + self.mlp(x.mean((2, 3))).sigmoid()  # (B,C)
-        return super().forward(x * gate[..., None, None])
+        return self.spatial(x * gate[..., None, None])
 
 
 class NonLocal(nn.Module):
-    """Global context (Wang et al. 2018): every cell adds what it finds in all the others.
+    """Global context (Wang et al. 2018): every cell adds what it finds in all cells. PAPER §3.3.
 
-    out = gamma * W(A g(x)) + x with A = softmax over keys of theta(x)^T phi(x), unscaled.
-    (B,C,h,w) -> same. gamma starts at 0 and alone decides how much is added (paper, section 3.3).
+    y = gamma * out(A value(x)) + x, where A = softmax(query(x)^T key(x)) over the keys.
+    (B,C,h,w) -> same. gamma starts at 0, and gamma alone decides how much is added: there is no
+    other switch.
     """
 
     def __init__(self, channels):
         super().__init__()
-        self.theta = nn.Conv2d(channels, channels // 8, 1)
-        self.phi = nn.Conv2d(channels, channels // 8, 1)
-        self.g = nn.Conv2d(channels, channels // 8, 1)
+        self.query = nn.Conv2d(channels, channels // 8, 1)
+        self.key = nn.Conv2d(channels, channels // 8, 1)
+        self.value = nn.Conv2d(channels, channels // 8, 1)
         self.out = nn.Conv2d(channels // 8, channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def attention(self, x):
-        """Where each cell looks: (B,C,h,w) -> A (B,N,N), each row a distribution over N cells."""
-        query, key = self.theta(x).flatten(2), self.phi(x).flatten(2)  # (B,C/8,N) each
+        """Where each cell looks: (B,C,h,w) -> A (B,h*w,h*w); each row sums to 1."""
+        query = self.query(x).flatten(2)  # (B,C/8,h*w)
+        key = self.key(x).flatten(2)  # (B,C/8,h*w)
+        # PAPER SILENT: scale of the attention. The authors' code divides by nothing.
         return (query.transpose(1, 2) @ key).softmax(dim=-1)
 
     def forward(self, x):
-        value = self.g(x).flatten(2)  # (B,C/8,N)
-        found = value @ self.attention(x).transpose(1, 2)  # (B,C/8,N)
-        return self.gamma * self.out(found.unflatten(2, x.shape[2:])) + x
+        value = self.value(x).flatten(2)  # (B,C/8,h*w)
+        context = value @ self.attention(x).transpose(1, 2)  # (B,C/8,h*w)
+        context = self.out(context.unflatten(2, x.shape[2:]))  # (B,C,h,w)
+        return self.gamma.to(context.dtype) * context + x  # else bfloat16 would become float32
 
 
 class ECANonLocal(nn.Module):
-    """ECA, then global context. (B,C,h,w) -> same."""
+    """ECA-NonLocal: channels are scaled by ECA, then global context is added. PAPER §3.3.
+
+    (B,C,h,w) -> same.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -231,29 +224,31 @@ class ECANonLocal(nn.Module):
 
 
 ATTENTION = {None: nn.Identity, "ECA": ECA, "CBAM": CBAM, "ECA-CBAM": ECACBAM,
-             "ECA-NonLocal": ECANonLocal}
+             "ECA-NonLocal": ECANonLocal}  # each is made with the number of channels
 
 
 # ---------------------------------------------------------------------------- the network
 
 class Block(nn.Module):
-    """Pre-activation bottleneck with a depthwise 3x3: (B,inputs,h,w) -> (B,outputs,h,w).
+    """Residual block, a pre-activation bottleneck: (B,inputs,h,w) -> (B,outputs,h,w). PAPER §3.
 
-    Soft gate (Bulat et al. 2020): F(x) + alpha * residual, alpha learnt per channel and starting
-    at 0 as in the authors' code. Where the widths differ the residual is a 1x1 conv of the raw x.
+    1x1, depthwise 3x3 and 1x1 convolutions, each after BatchNorm and ELU. With a soft gate (Bulat
+    et al. 2020; PAPER Table 3, row 7) the residual is multiplied by alpha, channel by channel.
+    Where the number of channels changes, the residual is a 1x1 convolution of x.
     """
 
     def __init__(self, inputs, outputs, soft_gate=False):
         super().__init__()
-        neck = outputs // 2
+        width = outputs // 2
         self.elu = nn.ELU()
         self.bn1 = nn.BatchNorm2d(inputs)
-        self.pointwise1 = nn.Conv2d(inputs, neck, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(neck)
-        self.depthwise = nn.Conv2d(neck, neck, 3, padding=1, groups=neck, bias=False)
-        self.bn3 = nn.BatchNorm2d(neck)
-        self.pointwise2 = nn.Conv2d(neck, outputs, 1)
+        self.pointwise1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.pointwise2 = nn.Conv2d(width, outputs, 1)
         self.shortcut = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+        # PAPER SILENT: start of alpha. 0 in the authors' code: at first no residual passes.
         self.alpha = nn.Parameter(torch.zeros(1, outputs, 1, 1)) if soft_gate else None
 
     def forward(self, x):
@@ -261,11 +256,13 @@ class Block(nn.Module):
         y = self.depthwise(self.elu(self.bn2(y)))
         y = self.pointwise2(self.elu(self.bn3(y)))
         residual = self.shortcut(x)
-        return y + (residual if self.alpha is None else self.alpha * residual)
+        if self.alpha is not None:
+            residual = self.alpha.to(residual.dtype) * residual  # else bfloat16 becomes float32
+        return y + residual
 
 
 class Stem(nn.Module):
-    """The picture to features at a quarter of its size: (B,3,H,W) -> (B,C,h,w)."""
+    """Brings the picture to a quarter of its size: (B,3,H,W) -> (B,C,h,w). PAPER Figure 1."""
 
     def __init__(self, config):
         super().__init__()
@@ -273,6 +270,7 @@ class Stem(nn.Module):
         self.conv = nn.Conv2d(3, C // 4, 7, stride=2, padding=3, bias=False)
         self.bn = nn.BatchNorm2d(C // 4)
         self.elu = nn.ELU()
+        # PAPER SILENT: which blocks are gated. In the authors' weights, those in the hourglasses.
         self.block1 = Block(C // 4, C // 2)
         self.block2 = Block(C // 2, C)
         self.block3 = Block(C, C)
@@ -281,25 +279,25 @@ class Stem(nn.Module):
     def forward(self, images):
         x = self.elu(self.bn(self.conv(images)))  # (B,C/4,H/2,W/2)
         x = F.max_pool2d(self.block1(x), 2)  # (B,C/2,h,w)
-        return self.attention(self.block3(self.block2(x)))
+        x = self.block3(self.block2(x))  # (B,C,h,w)
+        return self.attention(x)
 
 
 class Level(nn.Module):
-    """The three blocks that one resolution of an hourglass has."""
+    """The three blocks of one resolution of an hourglass."""
 
     def __init__(self, config):
         super().__init__()
-        C, gate = config.channels, config.soft_gate
-        self.skip = Block(C, C, gate)  # beside the smaller resolutions
-        self.down = Block(C, C, gate)  # after the pooling
-        self.up = Block(C, C, gate)  # before the upsampling
+        C = config.channels
+        self.skip = Block(C, C, config.soft_gate)  # beside the smaller resolutions
+        self.down = Block(C, C, config.soft_gate)  # after the pooling
+        self.up = Block(C, C, config.soft_gate)  # before the upsampling
 
 
 class Hourglass(nn.Module):
-    """Down four times, up four times, with a skip at each resolution: (B,C,h,w) -> same.
+    """Down four times, up four times, a skip at each resolution: (B,C,h,w) -> same. PAPER Figure 1.
 
-    DIFFERS FROM THE PAPER's released code: it upsamples by exactly 2 and so fails at 384x288, where
-    9 rows are pooled to 4; here each map is upsampled to the size of the skip that it meets.
+    (Newell et al. 2016.)
     """
 
     def __init__(self, config, neck_attention, depth=4):
@@ -316,21 +314,24 @@ class Hourglass(nn.Module):
         x = self.neck(self.bottom(x))
         for level in self.levels:
             skip = skips.pop()
+            # DIFFERS: upsampling of odd sizes. The authors' code doubles the size and so fails at
+            # 384x288, where 9 columns are pooled to 4; we upsample to the size of the skip.
             x = skip + F.interpolate(level.up(x), size=skip.shape[2:], mode="nearest")
         return x
 
 
 class Stage(nn.Module):
-    """An hourglass, its heatmaps, and what the next stage starts from.
+    """An hourglass, its heatmaps, and what the next stage starts from. PAPER Figure 1.
 
-    x (B,C,h,w) -> heatmaps (B,K,h,w), next x (B,C,h,w); the last stage returns its x untouched.
+    x (B,C,h,w) -> heatmaps (B,K,h,w), next x (B,C,h,w). The last stage returns its x unchanged.
     """
 
     def __init__(self, config, index):
         super().__init__()
-        C, K = config.channels, config.num_joints
+        C = config.channels
+        K = config.num_joints
         self.hourglass = Hourglass(config, config.neck_attention[index])
-        self.block = Block(C, C)  # not gated
+        self.block = Block(C, C)
         self.conv = nn.Conv2d(C, C, 1, bias=False)
         self.bn = nn.BatchNorm2d(C)
         self.elu = nn.ELU()
@@ -350,13 +351,35 @@ class Stage(nn.Module):
         return heatmaps, x + self.features_to_next(y) + self.heatmaps_to_next(heatmaps)
 
 
+@dataclass(frozen=True)
+class LAPXConfig:
+    """All that decides the network's shape, and the value to which training raises gamma."""
+
+    num_joints: int = 16
+    stages: int = 3
+    channels: int = 208
+    soft_gate: bool = True  # inside the hourglasses
+    stem_attention: str | None = "ECA-CBAM"  # at the end of the stem
+    stage_attention: str | None = "ECA-CBAM"  # after every hourglass
+    # PAPER SILENT: the neck of stage 2. The paper says that it has no ECA-NonLocal; the authors'
+    # weights have a plain ECA there, and so have we.
+    neck_attention: tuple = ("ECA-NonLocal", "ECA", "ECA-NonLocal")  # one per stage
+    gamma_target: float = 0.2
+
+    def __post_init__(self):
+        if len(self.neck_attention) != self.stages:
+            raise InputError(f"{self.stages} stages need {self.stages} entries in neck_attention, "
+                             f"not {self.neck_attention}")
+
+
 class LAPX(nn.Module):
     """The whole network: images (B,3,H,W), normalised RGB -> list of S heatmaps (B,K,h,w).
 
-    The same in training and in evaluation; the last element is the prediction. Any H, W from 64
-    on; h = H/4, rounded. Weights start as PyTorch's defaults, alpha and gamma at 0.
+    PAPER Figure 1. The same in training and in evaluation; the last element is the prediction. Any
+    H and W from 64 on. InputError for images of another shape.
     """
 
+    # PAPER SILENT: initial weights. PyTorch's defaults, but for alpha and gamma, which are 0.
     def __init__(self, config=LAPXConfig()):
         super().__init__()
         self.config = config
@@ -367,48 +390,185 @@ class LAPX(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < MIN_SIZE:
             raise InputError(f"LAPX takes images (B, 3, H, W) with H and W from {MIN_SIZE} on, not "
                              f"a tensor of shape {tuple(images.shape)}")
-        x, outputs = self.stem(images), []
+        x = self.stem(images)
+        outputs = []
         for stage in self.stages:
             heatmaps, x = stage(x)
             outputs.append(heatmaps)
         return outputs
 
-    def gammas(self):
-        """The gamma of every Non-Local module, in the order of the stages."""
-        return [module.gamma for module in self.modules() if isinstance(module, NonLocal)]
+    def non_locals(self):
+        """The Non-Local modules, in the order of the stages."""
+        return [module for module in self.modules() if isinstance(module, NonLocal)]
 
+
+def make_variants():
+    """Every network of PAPER Table 3 by its row, LAPX (row 12) and its predecessor LAP."""
+    row2 = LAPXConfig(soft_gate=False, stem_attention=None, stage_attention=None,
+                      neck_attention=(None,) * 3)
+    row1 = replace(row2, stages=2, channels=256, neck_attention=(None,) * 2)
+    # DIFFERS: channels of row 3. Table 3 prints 190, the text 180; only 180 gives its 2.25 M.
+    row3 = replace(row2, stages=4, channels=180, neck_attention=(None,) * 4)
+    row4 = replace(row2, stages=5, channels=160, neck_attention=(None,) * 5)
+    row5 = replace(row2, stage_attention="CBAM")
+    row6 = replace(row2, stage_attention="ECA-CBAM")
+    row7 = replace(row2, soft_gate=True)
+    row8 = replace(row6, soft_gate=True)
+    row9 = replace(row6, stem_attention="ECA-CBAM")
+    row10 = replace(row8, stem_attention="ECA-CBAM")
+    row11 = replace(row10, neck_attention=LAPXConfig.neck_attention, gamma_target=0.1)
+    row12 = replace(row11, gamma_target=0.2)
+    row13 = replace(row11, gamma_target=0.3)
+    row14 = replace(row11, gamma_target=0.4)
+    lap = replace(row1, stem_attention="CBAM", stage_attention="CBAM",
+                  neck_attention=("CBAM",) * 2)
+    rows = (row1, row2, row3, row4, row5, row6, row7, row8, row9, row10, row11, row12, row13, row14)
+    return {"lapx": row12, "lap": lap} | {f"row{n}": row for n, row in enumerate(rows, start=1)}
+
+
+VARIANTS = make_variants()
+
+
+# ---------------------------------------------------------------------------- decoding
 
 def heatmap_size(height, width):
-    """The size (h, w) of the heatmaps of an input of that size: two halvings, rounding up, down."""
+    """The size (h, w) of the heatmaps for an input of that size.
+
+    The stem's convolution halves it and rounds up, its pooling halves it and rounds down.
+    """
     return (height + 1) // 2 // 2, (width + 1) // 2 // 2
 
 
 def decode(heatmaps, quarter_offset=True):
-    """Joint positions: heatmaps (B,K,h,w) -> keypoints (B,K,2) as x, y in heatmap pixels (centres
-    at whole numbers), scores (B,K), the heights of the peaks.
+    """Heatmaps (B,K,h,w) -> keypoints (B,K,2), scores (B,K).
 
-    The first highest pixel, moved a quarter pixel towards its higher neighbour in each axis; not in
-    the columns and rows 0, 1 and the last, and only where both axes allow (SimpleBaseline). A joint
-    whose map nowhere exceeds 0 is put at (0, 0).
+    A keypoint is (x, y) in heatmap pixels, whole numbers at pixel centres; times STRIDE it is in
+    pixels of the network's input. Its score is the height of the peak.
+
+    The keypoint is the highest pixel, the first one if several are equal. With the quarter offset
+    it then moves a quarter of a pixel towards the higher neighbour, left or right, up or down,
+    unless it lies in columns or rows 0, 1 or the last (SimpleBaseline's border). If no pixel of a
+    map is above 0, the keypoint is (0, 0).
     """
     h, w = heatmaps.shape[2:]
     flat = heatmaps.flatten(2)  # (B,K,h*w)
     peak = flat.argmax(dim=2, keepdim=True)  # (B,K,1)
-    scores = flat.gather(2, peak)
-    x, y = peak % w, peak // w
+    scores = flat.gather(2, peak)  # (B,K,1)
+    x = peak % w
+    y = peak // w
 
-    def slope(step):  # the sign of the height difference of the two neighbours, -1, 0 or 1
-        after = flat.gather(2, (peak + step).clamp(max=h * w - 1))
-        return (after - flat.gather(2, (peak - step).clamp(min=0))).sign()
+    def slope(step):  # 1 where the neighbour `step` behind the peak is the higher one, else -1 or 0
+        behind = flat.gather(2, (peak + step).clamp(max=h * w - 1))
+        before = flat.gather(2, (peak - step).clamp(min=0))
+        return (behind - before).sign()
 
     keypoints = torch.cat([x, y], dim=2).to(flat.dtype)  # (B,K,2)
     if quarter_offset:
-        inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
+        inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)  # (B,K,1)
         keypoints = keypoints + 0.25 * inside * torch.cat([slope(1), slope(w)], dim=2)
     return keypoints * (scores > 0), scores[..., 0]
 
 
 # ---------------------------------------------------------------------------- weights
+
+@contextmanager
+def reading(path, wanted):
+    """Around the reading of somebody's file: whatever goes wrong becomes one sentence.
+
+    The InputError names the file, what it must be (`wanted`) and the entry that the code inside was
+    at (it says so by `where.entry = ...`, `where` being what this context manager gives).
+    """
+    where = SimpleNamespace(entry="")
+    try:
+        yield where
+    except (InputError, NameError, ImportError, AssertionError, MemoryError):
+        raise  # a sentence already, or no fault of the file
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file can make a parser raise anything
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(reason.split())[:200] or type(error).__name__
+        at = f" ({where.entry})" if where.entry else ""
+        raise InputError(f"{path} must be {wanted}, but it is not{at}: {reason}") from error
+
+
+# The authors' weights by name: the file, and git's hash of its content.
+AUTHORS = ("https://github.com/Yigemanhahahaha/LAPX/raw/0c46a23982029779d09e320124022146efa69d7c/"
+           "resources/pretrained/")
+WEIGHTS = {
+    "mpii": ("LAPX_MPII_256_256.tar", "fc3a9172d5d6490850b2bd283a8bb537af5baa65"),
+    "coco": ("LAPX_COCO_256_192.tar", "0a24643242bc7a19659e65526d45ef959d0dc4d2"),
+    "coco-384x288": ("LAPX_COCO_384_288.tar", "28bd1ff6d39d0b479b8a2ee1af787c926eff3774"),
+}
+
+
+def weights_path(weights):
+    """A file of weights: `weights` itself, or the authors' file if it is a name in WEIGHTS.
+
+    The authors' file is fetched once, into torch.hub's folder. A name goes before a file of that
+    name, which is then ./mpii. InputError if the file can't be fetched or is another one.
+    """
+    if str(weights) not in WEIGHTS:
+        return Path(weights)
+    name, expected = WEIGHTS[str(weights)]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        return path
+    part = path.with_name(f".{name}.{os.getpid()}.part")
+    print(f"fetching {AUTHORS}{name}, the authors' weights, to {path}", flush=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(AUTHORS + name, str(part))
+        content = part.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git does it
+        if found != expected:
+            raise OSError(f"git's hash of what came is {found}, not {expected}")
+        os.replace(part, path)
+    except Exception as error:  # urllib raises classes of its own
+        raise InputError(f"the weights {weights!r} can't be fetched ({error}); fetch them by hand: "
+                         f"curl -L --create-dirs -o '{path}' {AUTHORS}{name}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+class Inert:
+    """Stands in for whatever a file holds beside tensors and plain types. It does nothing."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+
+def load_file(path):
+    """What torch.save wrote to a file, on the CPU: tensors and plain types.
+
+    Nothing else is ever unpickled, since that can run any code: other things are replaced by Inert.
+    InputError if the file is missing, damaged or holds something dangerous.
+    """
+    with reading(path, "a file that torch.save wrote, the whole of it"):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # there is more in it
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        try:
+            with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{path} holds {', '.join(foreign)}, which could run any code and is "
+                             f"not loaded; {SAVE_TENSORS}") from error
+
+
+SAVE_TENSORS = ("where you trust the file, save its tensors alone: content = torch.load(FILE, "
+                "weights_only=False); torch.save(content['state_dict'], 'weights.pt'), or "
+                "content.state_dict() if it is a whole model")
 
 # The authors' tensor names and ours, applied from top to bottom. Theirs count the levels of an
 # hourglass from the deepest, as ours do: hg.S.hg.D.B.0 is stage S, level D, block B.
@@ -429,9 +589,12 @@ AUTHORS_NAMES = (
     (r"^fc_\.(\d)\.conv\.", r"stages.\1.features_to_next."),
     (r"^score_\.(\d)\.", r"stages.\1.heatmaps_to_next."),
     (r"\.channel_attention\.", ".eca."),
-    (r"\.spatial_conv\.", ".conv."),
+    (r"\.spatial_conv\.", ".spatial.conv."),
+    (r"\.position_attention\.theta\.", ".non_local.query."),
+    (r"\.position_attention\.phi\.", ".non_local.key."),
+    (r"\.position_attention\.g\.", ".non_local.value."),
+    (r"\.position_attention\.out_proj\.", ".non_local.out."),
     (r"\.position_attention\.", ".non_local."),
-    (r"\.out_proj\.", ".out."),
     (r"\.fc\.", ".mlp."),
     (r"\.pw_conv(\d)\.", r".pointwise\1."),
     (r"\.dw_conv\.", ".depthwise."),
@@ -439,73 +602,69 @@ AUTHORS_NAMES = (
 )
 
 
-def our_name(name):
-    """A tensor's name in our naming, without prefixes of DistributedDataParallel and compile."""
+def our_name(name, dimensions):
+    """A tensor's name in our naming. `dimensions`: how many the tensor has.
+
+    Prefixes of DistributedDataParallel and torch.compile are dropped.
+    """
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
     for theirs, ours in AUTHORS_NAMES:
         name = re.sub(theirs, ours, name)
+    if dimensions == 4:  # the authors' CBAM calls its 7x7 convolution as ECA calls its 1-D one
+        name = re.sub(r"\.(attention|neck)\.conv\.", r".\1.spatial.conv.", name)
     return name
 
 
-class _Skipped:
-    """Stands in for a numpy scalar in somebody's checkpoint: numpy's own code is never called."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-_NUMPY_SCALARS = [(_Skipped, name) for name in
-                  ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")]
-
-
-def load_file(path):
-    """What torch.save wrote to a file: tensors and plain types, on the CPU; nothing else is ever
-    unpickled, since unpickling other classes can run any code. InputError if that is not enough."""
-    try:
-        with torch.serialization.safe_globals(_NUMPY_SCALARS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file of weights") from None
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        needs = re.search(r"GLOBAL (\S+)", str(error))
-        if needs:
-            raise InputError(
-                f"{path} needs {needs[1]} to be unpickled, which could run any code; only tensors "
-                "and plain types are loaded. Save its state_dict alone to a file and use that"
-            ) from None
-        raise InputError(f"{path} is not a file of weights that torch.save wrote, or not the whole "
-                         "of it") from None
-
-
 def find_weights(content, path):
-    """The state_dict in a file's content, wherever it lies, under our names: {name: tensor}.
+    """The network's tensors in a file's content, wherever they lie: {our name: tensor}.
 
-    The first dictionary in the file that has the tensors of a LAPX network is taken.
+    The first dictionary with the tensors of a LAPX is taken. What the tool thop adds to a model
+    (total_ops, total_params) is left out, and told. InputError if there is no such dictionary, or
+    if its tensors are not all dense, finite numbers.
     """
     queue = [content]
+    seen = set()
     while queue:
         item = queue.pop(0)
-        if isinstance(item, dict):
-            tensors = {our_name(name): tensor for name, tensor in item.items()
+        if id(item) in seen:  # a list can contain itself
+            continue
+        seen.add(id(item))
+        if isinstance(item, (list, tuple)):
+            queue.extend(item)
+        elif isinstance(item, dict):
+            queue.extend(item.values())
+            tensors = {our_name(name, tensor.ndim): tensor for name, tensor in item.items()
                        if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
             if "stages.0.head.weight" in tensors:
-                broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-                if broken:
-                    raise InputError(f"{path}: {len(broken)} tensors hold NaN or infinity (first: "
-                                     f"{broken[0]}); take an earlier checkpoint")
-                return tensors
-            queue.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            queue.extend(item)
-    raise InputError(f"{path} holds no weights of a LAPX network: no tensor is named "
-                     "stages.0.head.weight (or score.0.weight in the authors' naming)")
+                break
+    else:
+        raise InputError(f"{path} holds no weights of a LAPX network: no tensor is named "
+                         "stages.0.head.weight (score.0.weight in the authors' naming); "
+                         f"{SAVE_TENSORS}")
+    extra = [name for name in tensors if re.search(r"(^|\.)total_(ops|params)$", name)]
+    for name in extra:
+        del tensors[name]
+    if extra:
+        print(f"{path}: {len(extra)} tensors left out, which the tool thop adds to a model "
+              f"({extra[0]}, ...)")
+    bad = [name for name, tensor in tensors.items() if not is_usable(tensor)]
+    if bad:
+        raise InputError(f"{path}: the tensor {bad[0]} ({len(bad)} in all) holds NaN or infinity, "
+                         "or is sparse, quantised or not all there; take an earlier checkpoint")
+    return tensors
+
+
+def is_usable(tensor):
+    """Whether a tensor holds all the numbers that its shape promises, and they are finite."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
+    whole = (tensor.layout == torch.strided and tensor.device.type == "cpu"
+             and tensor.dtype in kinds
+             and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
+    return whole and bool(tensor.isfinite().all())
 
 
 def infer_config(tensors):
-    """The LAPXConfig that weights under our names belong to, from names and shapes alone.
+    """The LAPXConfig that tensors under our names belong to, from names and shapes alone.
 
     gamma_target leaves no trace in the weights and is the default.
     """
@@ -516,7 +675,7 @@ def infer_config(tensors):
                 return kind
         return None
 
-    num_joints, channels = tensors["stages.0.head.weight"].shape[:2]
+    num_joints, channels, _, _ = tensors["stages.0.head.weight"].shape
     stages = sum(bool(re.fullmatch(r"stages\.\d+\.head\.weight", name)) for name in tensors)
     return LAPXConfig(
         num_joints, stages, channels,
@@ -529,66 +688,103 @@ def infer_config(tensors):
 
 def variant_name(config):
     """The name in VARIANTS of a configuration, whatever its joints; "custom" if it has none."""
-    names = (name for name, known in VARIANTS.items()
-             if replace(known, num_joints=config.num_joints) == config)
-    return next(names, "custom")
+    for name, known in VARIANTS.items():
+        if replace(known, num_joints=config.num_joints) == config:
+            return name
+    return "custom"
 
 
 def from_checkpoint(content, path):
-    """A LAPX with the weights in a file's content (what load_file returned for path), strictly."""
+    """A LAPX with the weights in a file's content (what load_file returned for that path).
+
+    Every tensor must fit; InputError lists those that do not.
+    """
     tensors = find_weights(content, path)
-    config, own = (infer_config(tensors),
-                   content.get("config") if isinstance(content, dict) else None)
-    if isinstance(own, dict) and "gamma_target" in own:  # a checkpoint of ours
-        config = replace(config, gamma_target=own["gamma_target"])
-    model = LAPX(config)
-    expected = model.state_dict()
-    problems = (
-        [f"missing {name}" for name in expected if name not in tensors]
-        + [f"unexpected {name}" for name in tensors if name not in expected]
-        + [f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
-           for name, tensor in expected.items()
-           if name in tensors and tensors[name].shape != tensor.shape]
-    )
+    with reading(path, "the weights of a LAPX network"):
+        config = infer_config(tensors)
+        own = content.get("config") if isinstance(content, dict) else None
+        if own is not None:  # a checkpoint of train.py
+            config = replace(config, gamma_target=float(own["gamma_target"]))
+        with torch.device("meta"):  # shapes alone, no memory
+            expected = LAPX(config).state_dict()
+    problems = [f"missing {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    problems += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
+                 for name, tensor in expected.items()
+                 if name in tensors and tensors[name].shape != tensor.shape]
     if problems:
-        shown = "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20))
+        shown = "\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
         raise InputError(f"{path} does not fit {variant_name(config)} with {config.num_joints} "
-                         f"joints, {len(problems)} tensors differ:\n  {shown}")
+                         f"joints; {len(problems)} of its tensors differ:\n  {shown}")
+    model = LAPX(config)
     model.load_state_dict(tensors)
     return model
 
 
-def lapx(num_joints=16, variant="lapx", weights=None):
-    """A network of VARIANTS with fresh weights, or the network that a file holds.
+def lapx(num_joints=None, variant=None, weights=None):
+    """A LAPX with fresh weights, or with those of a file.
 
-    weights: our checkpoints, a plain state_dict or the authors' .tar files. The number of joints
-    and the variant are then those of the file, and the other two arguments are not looked at.
-    InputError for an unknown variant, and for a file that is damaged, unsafe or does not fit.
+    num_joints (default 16) and variant (a name in VARIANTS, default "lapx") of a fresh network.
+    weights: a checkpoint of train.py, a plain state_dict, one of the authors' files, or a name in
+    WEIGHTS. The file says how many joints and which variant it has; where num_joints or variant
+    contradicts it, and where it is damaged, unsafe or does not fit, there is an InputError. To
+    start other joints from a file's weights, use load_fitting.
     """
-    if weights is not None:
-        return from_checkpoint(load_file(weights), weights)
-    if variant not in VARIANTS:
+    if variant not in (None, *VARIANTS):
         raise InputError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
-    return LAPX(replace(VARIANTS[variant], num_joints=num_joints))
+    if weights is None:
+        return LAPX(replace(VARIANTS[variant or "lapx"], num_joints=num_joints or 16))
+    path = weights_path(weights)
+    model = from_checkpoint(load_file(path), path)
+    wanted = replace(VARIANTS[variant] if variant else model.config,
+                     num_joints=num_joints or model.config.num_joints,
+                     gamma_target=model.config.gamma_target)
+    if wanted != model.config:
+        raise InputError(f"{path} is {variant_name(model.config)} with {model.config.num_joints} "
+                         "joints, which contradicts num_joints or variant; leave them out, or use "
+                         "load_fitting")
+    return model
+
+
+def load_fitting(model, weights):
+    """Fine-tuning: gives a LAPX a file's weights in every layer whose shape fits.
+
+    For joints of one's own: model = lapx(num_joints=5); load_fitting(model, "mpii").
+    -> the names of the tensors that did not fit and keep their values. InputError if none fits.
+    """
+    path = weights_path(weights)
+    tensors = find_weights(load_file(path), path)
+    own = model.state_dict()
+    fitting = {name: tensor for name, tensor in tensors.items()
+               if name in own and own[name].shape == tensor.shape}
+    if not any(tensor.ndim == 4 for tensor in fitting.values()):
+        raise InputError(f"{path} has no layer of the shape of one of this network; choose the "
+                         "variant that it was trained as")
+    model.load_state_dict(fitting, strict=False)
+    return [name for name in own if name not in fitting]
 
 
 # ---------------------------------------------------------------------------- counting
 
+@functools.lru_cache
 def count(config, height, width):
     """Size and cost of a network for one picture of height x width.
 
-    -> true parameters, parameters the paper's way, multiply-adds, FLOPs the paper's way. The
-    paper's figures are those of the tool thop: it leaves out bare parameters (alpha and gamma), and
-    its FLOPs are the multiply-adds plus 4 per element that a BatchNorm puts out plus 1 per element
-    that an adaptive average pool (one in each channel attention) takes in.
+    -> true parameters, parameters the paper's way, multiply-adds, FLOPs the paper's way.
     """
-    multiply_adds, extra = [], []
+    # PAPER SILENT: counting of parameters and FLOPs. The figures of PAPER Tables 1 to 3 are those
+    # of the tool thop. It leaves out bare parameters (alpha and gamma). Its FLOPs are the
+    # multiply-adds, plus 4 per element that a BatchNorm puts out, plus 1 per element that an
+    # adaptive average pooling (one in each channel attention) takes in.
+    multiply_adds = []
+    extra = []
 
     def add(module, inputs, output):  # a forward hook
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             multiply_adds.append(output.numel() * module.weight[0].numel())
-        elif isinstance(module, NonLocal):  # two products of N x N with N x C/8
-            multiply_adds.append(2 * output[0, 0].numel() ** 2 * module.g.out_channels)
+        elif isinstance(module, NonLocal):  # two products of (h*w, h*w) with (h*w, C/8)
+            cells = output[0, 0].numel()
+            multiply_adds.append(2 * cells ** 2 * module.value.out_channels)
         elif isinstance(module, nn.BatchNorm2d):
             extra.append(4 * output.numel())
         elif isinstance(module, (ECA, CBAM)):
@@ -601,34 +797,34 @@ def count(config, height, width):
         model(torch.zeros(1, 3, height, width))
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     bare = sum(n for name, n in parameters.items() if name.endswith((".alpha", ".gamma")))
-    total, multiply_adds = sum(parameters.values()), sum(multiply_adds)
-    return total, total - bare, multiply_adds, multiply_adds + sum(extra)
+    total = sum(parameters.values())
+    return total, total - bare, sum(multiply_adds), sum(multiply_adds) + sum(extra)
 
 
-# What the paper prints: millions of parameters, then GFLOPs at the sizes of COUNT_SIZES.
-COUNT_SIZES = ((256, 256, 16), (256, 192, 17), (384, 288, 17))  # H, W and the data set's joints
+# What PAPER Tables 1 to 3 print: millions of parameters with 16 joints, and GFLOPs at the sizes
+# (H, W, joints) of COUNT_SIZES.
+COUNT_SIZES = ((256, 256, 16), (256, 192, 17), (384, 288, 17))
 PAPER = {"lapx": ("2.30", "3.45", "2.59", "5.82"), "lap": ("2.34", "3.70", "", "")} | {
     f"row{row}": (millions, "", "", "") for row, millions in enumerate(
         "2.30 2.26 2.25 2.23 2.28 2.26 2.26 2.26 2.26 2.26 2.30 2.30 2.30 2.30".split(), start=1)}
 
 
 def main():
-    print("Parameters with 16 joints. thop: counted the paper's way (see count()); paper: what the "
-          "paper prints.")
-    print(f"{'':18}|{'parameters':^25} |" + "|".join(
-        f"{f'{h}x{w}, {k} joints':^29}" for h, w, k in COUNT_SIZES))
-    print(f"{'variant':8}{'S':>4}{'C':>5} |{'true':>9}{'thop':>10}{'paper':>6} "
-          + f"|{'multiply-adds':>14}{'thop':>8}{'paper':>6} " * 3)
-    for name, config in VARIANTS.items():
-        line = f"{name:8}{config.stages:4}{config.channels:5} "
-        for (height, width, joints), paper in zip(COUNT_SIZES, PAPER[name][1:]):
-            true, thop, multiply_adds, flops = count(
-                replace(config, num_joints=joints), height, width)
-            if joints == 16:
-                line += f"|{true:9}{thop:10}{PAPER[name][0]:>6} "
-            line += f"|{multiply_adds / 1e9:12.4f} G{flops / 1e9:6.3f} G{paper:>6} "
-        print(line)
-    print("row3: Table 3 prints 190 channels, its text 180; only 180 gives the 2.25 M printed.")
+    argparse.ArgumentParser(
+        description="Prints parameters and cost of every variant beside the paper's figures. "
+        "thop: counted as the paper's tool counts; paper: printed in the paper.").parse_args()
+    for number, (height, width, joints) in enumerate(COUNT_SIZES, start=1):
+        print(f"{height}x{width}, {joints} joints\n{'':16}|{'parameters':^26}|{'10^9':^27}\n"
+              f"variant  S    C |    true      thop  paper | multiply-adds  thop  paper")
+        for name, config in VARIANTS.items():
+            if joints != 16 and not PAPER[name][number]:
+                continue
+            config = replace(config, num_joints=joints, gamma_target=0)  # rows 11-14 cost the same
+            true, thop, multiply_adds, flops = count(config, height, width)
+            millions = PAPER[name][0] + " M"
+            print(f"{name:7}{config.stages:3}{config.channels:5} |{true:8}{thop:10} {millions} |"
+                  f"{multiply_adds / 1e9:14.4f}{flops / 1e9:6.2f}{PAPER[name][number]:>7}",
+                  flush=True)
 
 
 if __name__ == "__main__":
