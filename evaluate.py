@@ -1,13 +1,15 @@
-"""Scores and draws predictions: PCKh on MPII, OKS average precision on COCO, one's own pictures.
+"""Scores and draws predictions: PCKh on MPII, OKS average precision on COCO,
+one's own pictures.
 
-    python evaluate.py --weights FILE --dataset mpii --data data/mpii        # the paper's columns
-    python evaluate.py --weights FILE --dataset coco --data data/coco --boxes DETECTIONS.json
-    python evaluate.py --results pred.mat --dataset mpii --data data/mpii    # made elsewhere
-    python evaluate.py --results results.json --annotations GROUND_TRUTH.json
-    python evaluate.py --weights FILE --image photo.jpg --box 120 40 200 380
+  python evaluate.py --weights FILE --dataset mpii                # paper's columns
+  python evaluate.py --weights FILE --dataset coco --boxes DETECTIONS.json
+  python evaluate.py --results pred.mat --dataset mpii            # made elsewhere
+  python evaluate.py --results results.json --annotations GROUND_TRUTH.json
+  python evaluate.py --weights FILE --image photo.jpg --box 120 40 200 380
 
-FILE is a checkpoint of train.py, one of the authors' .tar files or an ONNX file of export.py. Both
-metrics are written here by hand, in numpy; COCO's equals pycocotools to the last digits.
+FILE is mpii, coco or coco-384x288 (the authors' weights, fetched once), a
+checkpoint of train.py, one of the authors' files or an ONNX file of export.py.
+Both metrics are written here by hand, in numpy; COCO's equals pycocotools.
 """
 
 import argparse
@@ -16,7 +18,8 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,81 +27,93 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-from data import (DATASETS, PADDING, PoseDataset, affine, flip_order, invert, normalise,
-                  transform)
-from lapx import (MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, decode, from_checkpoint,
-                  heatmap_size, load_file, variant_name)
+from data import (DATASETS, PADDING, PoseDataset, affine, computing, flip_order, invert, normalise,
+                  plural, read_columns, transform)
+from lapx import (MEAN, SKELETONS, STD, STRIDE, InputError, NonLocal, Skeleton, decode,
+                  from_checkpoint, heatmap_size, load_file, reading, variant_name, weights_path)
+
+
+# ---------------------------------------------------------------------------- heatmaps to joints
+
+def flip_back(heatmaps, order, shift=True):
+    """The heatmaps (B,K,h,w) of mirrored crops -> as if of the crops themselves.
+
+    Mirrored, left and right joints exchanged (order (K,)), and moved one pixel to the right: with
+    heatmap pixel x on input pixel 4x, the mirrored map is 3/4 of a pixel off. Column 0 stays.
+    """
+    heatmaps = heatmaps.flip(3)[:, order]
+    if shift:
+        heatmaps = torch.cat([heatmaps[..., :1], heatmaps[..., :-1]], dim=3)
+    return heatmaps
+
+
+def predict(network, people, flip=True, shift=True, quarter_offset=True, batch_size=32, workers=0,
+            progress=None):
+    """Joints of People: (N,K,3) as x, y in pixels of the pictures, counted from 0, and score.
+
+    network: a Network (below). flip: the flip test, which averages the heatmaps of a crop and of
+    its mirror image; shift, quarter_offset: see flip_back and lapx.decode. progress: called with
+    the number of persons done. The test-time protocol is the paper's and SimpleBaseline's.
+    """
+    keypoints = np.zeros((len(people), len(network.skeleton.joints), 3))
+    order = flip_order(network.skeleton).tolist()
+    to_picture = np.array([invert(affine(center, scale, network.size))  # (N,2,3)
+                           for center, scale in zip(people.center, people.scale)])
+    batches = [range(start, min(start + batch_size, len(people)))
+               for start in range(0, len(people), batch_size)]
+    samples = PoseDataset(people, network.size, network.skeleton)
+    loader = data.make_loader(samples, batches, workers, network.device.type == "cuda")
+    with computing(batch_size, network.size):
+        for rows, crops, _, _ in loader:
+            rows = rows.numpy()
+            heatmaps = network(crops)  # (B,K,h,w)
+            if flip:
+                mirrored = network(crops.flip(2))  # crops are (B,H,W,3)
+                heatmaps = (heatmaps + flip_back(mirrored, order, shift)) / 2
+            points, scores = decode(heatmaps, quarter_offset)  # (B,K,2), (B,K)
+            points = STRIDE * points.cpu().double().numpy()
+            keypoints[rows, :, :2] = transform(points, to_picture[rows])
+            keypoints[rows, :, 2] = scores.cpu().numpy()
+            if not np.isfinite(keypoints[rows]).all():
+                raise InputError("the network's heatmaps are NaN or infinite; take an earlier "
+                                 "checkpoint")
+            if progress:
+                progress(rows[-1] + 1)
+    return keypoints
 
 
 # ---------------------------------------------------------------------------- PCKh (MPII)
 
-PCKH_JOINTS = {"Head": [9], "Shoulder": [12, 13], "Elbow": [11, 14], "Wrist": [10, 15],
-               "Hip": [2, 3], "Knee": [1, 4], "Ankle": [0, 5]}
-
-
-def mpii_truth(people, root, split):
-    """What PCKh compares with: joints (N,16,2) in 1-based pixels, annotated (N,16), head sizes (N,)
-    in pixels, and where they are from.
-
-    The sizes are 0.6 times the diagonal of the head box in gt_{split}.mat. Without that file the
-    JSON is enough: in MPII the same number is 25 * scale, to within 1e-4 pixels.
-    """
-    for name in data.mpii_files(split)[1::2]:
-        if root is not None and (Path(root) / name).is_file():
-            mat = read_mat(Path(root) / name, "pos_gt_src", "jnt_missing", "headboxes_src")
-            shapes, N = [array.shape for array in mat.values()], len(people)
-            if shapes != [(16, 2, N), (16, N), (2, 2, N)]:
-                raise InputError(f"{Path(root) / name} has arrays of the shapes {shapes} for {N} "
-                                 "persons; the JSON and it must be of one split")
-            corners = mat["headboxes_src"]  # (2 corners, x y, N)
-            sizes = 0.6 * np.linalg.norm(corners[1] - corners[0], axis=0)
-            return (mat["pos_gt_src"].transpose(2, 0, 1), mat["jnt_missing"].T == 0, sizes,
-                    f"head boxes of {Path(name).name}")
-    padded = people.center[:, 0] != -2  # -1 in the JSON: no box, so neither moved nor padded
-    sizes = 25 * people.scale / np.where(padded, PADDING, 1)
-    return people.joints.astype(np.float64) + 1, people.visible, sizes, "head size 25 * scale"
-
-
-def read_mat(path, *keys):
-    """Arrays of a MATLAB file as float64; InputError if it is missing, broken or lacks a key."""
-    from scipy.io import loadmat  # only where it is needed: it takes a second to import
-
-    try:
-        with open(path, "rb") as file:
-            content = loadmat(file)
-        return {key: np.asarray(content[key], np.float64) for key in keys}
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
-    except KeyError as error:
-        raise InputError(f"{path} has no array {error}; it holds "
-                         f"{', '.join(key for key in content if key[0] != '_')}") from None
-    except Exception as error:  # scipy raises what it likes on a damaged file
-        raise InputError(f"{path} is not a readable MATLAB file ({error})") from None
+PCKH_COLUMNS = {"Head": [9], "Shoulder": [12, 13], "Elbow": [11, 14], "Wrist": [10, 15],
+                "Hip": [2, 3], "Knee": [1, 4], "Ankle": [0, 5]}
+PELVIS_AND_THORAX = (6, 7)
 
 
 def pckh(predictions, joints, annotated, head_sizes):
-    """Percentage of joints within half a head size of the truth, as published for MPII.
+    """PCKh, the percentage of joints within half a head size of the truth: {column: percentage}.
 
     predictions, joints (N,16,2) in one frame; annotated (N,16) bool; head_sizes (N,) in pixels.
-    -> {column: percentage}, NaN where nothing is annotated. A column is the unweighted mean of left
-    and right; Mean is over all annotated joints but pelvis and thorax. Mean@0.1 is at 0.10; what
-    SimpleBaseline and HRNet print under that name is at 0.11, the eleventh of their thresholds.
+    A distance of exactly half a head size is a hit. A column is the unweighted mean of left and
+    right; Mean is over all annotated joints but pelvis and thorax. NaN where nothing is annotated.
     """
     distance = np.linalg.norm(predictions - joints, axis=2) / head_sizes[:, None]  # (N,16)
-    with np.errstate(invalid="ignore"):  # 0 / 0: no such joint is annotated
-        def percentage(joints, threshold=0.5):
-            counted = annotated[:, joints]
-            return 100 * ((distance[:, joints] <= threshold) & counted).sum() / counted.sum()
 
-        scores = {name: float(np.mean([percentage([joint]) for joint in joints]))
-                  for name, joints in PCKH_JOINTS.items()}
-        counted = [joint for joint in range(16) if joint not in (6, 7)]
-        scores["Mean"] = float(percentage(counted))
-        scores["Mean@0.1"] = float(percentage(counted, 0.1))
+    def percentage(joints, threshold):
+        counted = annotated[:, joints]
+        hits = (distance[:, joints] <= threshold) & counted
+        return 100 * hits.sum() / counted.sum() if counted.any() else np.nan
+
+    scores = {name: float(np.mean([percentage([joint], 0.5) for joint in joints]))
+              for name, joints in PCKH_COLUMNS.items()}
+    others = [joint for joint in range(16) if joint not in PELVIS_AND_THORAX]
+    scores["Mean"] = float(percentage(others, 0.5))
+    # DIFFERS: Mean@0.1. Ours is at 0.10; what SimpleBaseline and HRNet print under that name is at
+    # 0.11, the eleventh of their thresholds. The paper does not print it.
+    scores["Mean@0.1"] = float(percentage(others, 0.1))
     return scores
 
 
-# ---------------------------------------------------------------------------- AP (COCO)
+# ---------------------------------------------------------------------------- OKS and AP (COCO)
 
 COCO_METRICS = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # T: the OKS from which on a detection is a hit
@@ -107,173 +122,169 @@ AREAS = ((0, 1e10), (32 ** 2, 96 ** 2), (96 ** 2, 1e10))  # all, medium, large; 
 MAX_DETECTIONS = 20  # per picture
 
 
-def results_arrays(entries, source, num_joints, category=1):
-    """COCO results, a parsed file -> image_ids (N,), keypoints (N,K,3), scores (N,), areas (N,).
+def object_keypoint_similarity(found, truth, area, box, sigmas):
+    """OKS of D detections with one person: found (D,K,2) and truth (K,3) in pixels, the person's
+    area and box (x, y, width, height), sigmas (K,) -> (D,).
 
-    The area is that of the box, if the first result has one, else of the joints' extent, as in
-    pycocotools. InputError, naming source, if it is not a list of such results.
+    The mean over the labelled joints of exp(-d^2 / (2 (2 sigma)^2 area)), d being the distance.
     """
-    try:
-        entries = [entry for entry in entries if entry["category_id"] == category]
-        image_ids = np.array([entry["image_id"] for entry in entries])
-        scores = np.array([entry["score"] for entry in entries], np.float64)
-        keypoints = np.array([entry["keypoints"] for entry in entries], np.float64)
-        keypoints = keypoints.reshape(len(entries), num_joints, 3)
-        if entries[0].get("bbox"):
-            areas = np.array([entry["bbox"][2] * entry["bbox"][3] for entry in entries], np.float64)
-        else:
-            areas = np.prod(np.ptp(keypoints[..., :2], axis=1), axis=1)
-        good = np.isfinite(keypoints).all() and np.isfinite(scores).all()
-    except (KeyError, TypeError, ValueError, IndexError):
-        good = False
-    if not good:
-        raise InputError(f"{source} must be a list, not empty, of {{image_id, category_id "
-                         f"{category}, keypoints: {3 * num_joints} numbers, score}}")
-    return image_ids, keypoints, scores, areas
+    labelled = truth[:, 2] > 0
+    if labelled.any():
+        difference = found[:, labelled] - truth[labelled, :2]  # (D,L,2), L labelled joints
+        sigmas = sigmas[labelled]
+    else:  # the distance of all joints to the box, enlarged by itself on each side (pycocotools)
+        corner = box[:2]
+        extent = box[2:]
+        difference = (np.maximum(0, corner - extent - found)
+                      + np.maximum(0, found - corner - 2 * extent))
+    squared = difference[..., 0] ** 2 + difference[..., 1] ** 2  # (D,L)
+    exponent = squared / (2 * sigmas) ** 2 / (area + np.spacing(1)) / 2
+    return np.ascontiguousarray(np.exp(-exponent)).sum(1) / len(sigmas)
 
 
-def object_keypoint_similarity(found, truth, visible, areas, boxes, sigmas):
-    """OKS of P pairs: found and truth (P,K,2) pixels, visible (P,K) bool, the true persons' areas
-    (P,) and boxes (P,4) x, y, width, height -> (P,).
+def match(similarity, ignored, crowd, threshold):
+    """Which person each detection of a picture finds, greedily: similarity (D lists of G), the
+    detections from the highest score down; ignored, crowd (G,) -> D indices, -1 for nobody.
 
-    The mean over the labelled joints of exp(-d^2 / (2 (2 sigma)^2 area)). For a person without any
-    labelled joint, d is the distance to its box, enlarged threefold, over all joints.
+    A detection takes the most similar person that is still free (of equals the later one, as in
+    pycocotools). One that is ignored is taken only if none that counts is similar enough. A crowd
+    is never used up.
     """
-    corner, extent = boxes[:, None, :2], boxes[:, None, 2:]
-    difference = found - truth
-    outside = np.maximum(0, corner - extent - found) + np.maximum(0, found - corner - 2 * extent)
-    unlabelled = ~visible.any(1)
-    difference = np.where(unlabelled[:, None, None], outside, difference)
-    counted = visible | unlabelled[:, None]
-    squared = difference[..., 0] ** 2 + difference[..., 1] ** 2
-    exponent = squared / (2 * sigmas) ** 2 / (areas[:, None] + np.spacing(1)) / 2
-    # Summed as pycocotools sums, over the counted joints alone and side by side, so that equal
-    # similarities come out equal to the last bit: ties decide who is matched.
-    first = np.argsort(~counted, axis=1, kind="stable")
-    terms, number = np.take_along_axis(np.exp(-exponent), first, axis=1), counted.sum(1)
-    similarity = np.empty(len(found))
-    for n in np.unique(number):
-        rows = number == n
-        similarity[rows] = np.ascontiguousarray(terms[rows, :n]).sum(1) / n
-    return similarity
+    order = sorted(range(len(ignored)), key=lambda person: ignored[person])  # stable
+    taken = set()
+    matches = []
+    for row in similarity:
+        best = -1
+        least = min(threshold, 1 - 1e-10)
+        for person in order:
+            if person in taken and not crowd[person]:
+                continue
+            if best >= 0 and ignored[person] and not ignored[best]:
+                break
+            if row[person] >= least:
+                best = person
+                least = row[person]
+        if best >= 0:
+            taken.add(best)
+        matches.append(best)
+    return matches
 
 
-def last_argmax(values):
-    """The position of the last maximum along the last axis."""
-    return values.shape[-1] - 1 - values[..., ::-1].argmax(-1)
+def precision_and_recall(scores, hit, left_out, total):
+    """Detections of the whole data set -> precision at RECALLS (T,101), final recall (T,).
+
+    scores (D,); hit, left_out (T,D) bool; total: how many persons there are to find. -1 if none.
+    """
+    if total == 0:
+        return np.full((len(THRESHOLDS), len(RECALLS)), -1.0), np.full(len(THRESHOLDS), -1.0)
+    order = np.argsort(-scores, kind="stable")
+    true = np.cumsum((hit & ~left_out)[:, order], axis=1)  # (T,D)
+    false = np.cumsum((~hit & ~left_out)[:, order], axis=1)
+    precision = true / (true + false + np.spacing(1))
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # falls with recall
+    recall = true / total
+    at_recalls = np.zeros((len(THRESHOLDS), len(RECALLS)))
+    for t in range(len(THRESHOLDS)):
+        position = np.searchsorted(recall[t], RECALLS)
+        reached = position < len(scores)
+        at_recalls[t, reached] = precision[t, position[reached]]
+    return at_recalls, recall[:, -1] if len(scores) else np.zeros(len(THRESHOLDS))
 
 
-def coco_ap(content, image_ids, keypoints, scores, areas, sigmas):
+def coco_ap(file, results, sigmas):
     """The ten numbers of COCO's keypoint task, equal to pycocotools: {AP, AP50, ..., ARL}.
 
-    content: the parsed annotation file. The rest: detections, as results_arrays returns them.
-    -1 where there is nobody to find. All pictures are matched side by side: the loop runs over the
-    (at most 20) detections of a picture in the order of their scores, not over the pictures.
+    file: a CocoFile. results: columns image_id (D,), keypoints (D,K,3), score (D,), area (D,) of
+    detections, as results_columns gives them. -1 where there is nobody to find.
     """
-    sigmas, K, T = np.asarray(sigmas), len(sigmas), len(THRESHOLDS)
-    images = np.unique([image["id"] for image in content["images"]])
-    known = set(images.tolist())
-    unknown = np.setdiff1d(image_ids, images)
+    persons = file.persons
+    sigmas = np.asarray(sigmas)
+    unknown = np.setdiff1d(results["image_id"], file.images["id"])
     if len(unknown):
-        raise InputError(f"the results name {len(unknown)} pictures that the annotations don't "
-                         f"have (first: {unknown[0]}); are both of the same split?")
-    category = data.person_category(content)
-    # an id that occurs twice means its last annotation both times, as in pycocotools
-    last = {truth["id"]: truth for truth in content["annotations"]}
-    truths = [last[truth["id"]] for truth in content["annotations"]
-              if truth["category_id"] == category]
-    truths = [truth for truth in truths if truth["image_id"] in known]
-    truth_image = np.searchsorted(images, [truth["image_id"] for truth in truths])
-    points = np.array([truth["keypoints"] for truth in truths], np.float64).reshape(-1, K, 3)
-    boxes = np.array([truth["bbox"] for truth in truths], np.float64).reshape(-1, 4)
-    # one row more than persons in what follows: row -1 stands for nobody
-    truth_area = np.array([truth["area"] for truth in truths] + [0], np.float64)
-    crowd = np.array([bool(truth.get("iscrowd")) for truth in truths] + [False])
-    unlabelled = np.array([truth["num_keypoints"] == 0 for truth in truths] + [True])
-    # pycocotools marks a match by the annotation's id, so that an id of 0 counts as no match
-    marked = np.array([truth["id"] != 0 for truth in truths] + [False])
+        raise InputError(f"the results name {plural(len(unknown), 'picture')} that {file.path} "
+                         f"does not have (first: {unknown[0]:.0f}); are both of the same split?")
+    last = {id: row for row, id in enumerate(persons["id"])}
+    persons_in = defaultdict(list)
+    for id in persons["id"]:  # an id that occurs twice is its last annotation twice (pycocotools)
+        persons_in[persons["image_id"][last[id]]].append(last[id])
+    detections_in = defaultdict(list)
+    for row in np.argsort(-results["score"], kind="stable"):
+        detections_in[results["image_id"][row]].append(row)
 
-    # The detections: by picture, highest score first, 20 of each at most
-    image = np.searchsorted(images, image_ids)
-    order = np.lexsort((-scores, image))  # stable
-    rank = np.arange(len(order)) - np.searchsorted(image[order], image[order])
-    order, rank = order[rank < MAX_DETECTIONS], rank[rank < MAX_DETECTIONS]
-    image, keypoints, scores, areas = image[order], keypoints[order], scores[order], areas[order]
+    pictures = []  # of each the detections' rows, the persons' rows, the similarities (D,G)
+    for image in np.unique(file.images["id"]):
+        found = np.array(detections_in[image][:MAX_DETECTIONS], int)
+        there = np.array(persons_in[image], int)
+        points = results["keypoints"][found, :, :2]
+        columns = [object_keypoint_similarity(points, persons["keypoints"][row],
+                                              persons["area"][row], persons["bbox"][row], sigmas)
+                   for row in there]
+        pictures.append((found, there, np.array(columns).reshape(len(there), len(found)).T))
 
-    # Similarities of all pairs of one picture, (I pictures, 20, G persons); -1 where there is none
-    by_image = np.argsort(truth_image, kind="stable")
-    slot = np.empty(len(truths), int)  # a person's place among those of its picture
-    slot[by_image] = np.arange(len(truths)) - np.searchsorted(truth_image[by_image],
-                                                              truth_image[by_image])
-    G = slot.max(initial=0) + 1
-    person = np.full((len(images), G), -1)  # (I,G) -> row in truths
-    person[truth_image, slot] = np.arange(len(truths))
-    pair_detection, pair_slot = np.nonzero(person[image] >= 0)
-    pair_person = person[image[pair_detection], pair_slot]
-    similarity = np.full((len(images), MAX_DETECTIONS, G), -1.0)
-    similarity[image[pair_detection], rank[pair_detection], pair_slot] = object_keypoint_similarity(
-        keypoints[pair_detection, :, :2], points[pair_person, :, :2], points[pair_person, :, 2] > 0,
-        truth_area[pair_person], boxes[pair_person], sigmas)
-
-    by_score = np.argsort(-scores, kind="stable")
-    precisions, recalls = [], []
+    found = np.concatenate([found for found, _, _ in pictures])  # (D,) rows
+    crowd = persons["iscrowd"] > 0
+    precisions = []
+    recalls = []
     for low, high in AREAS:
-        # a detection that is matched to one of these is left out
-        ignored = crowd | unlabelled | (truth_area < low) | (truth_area > high)
-        taken = np.zeros((len(images), T, G), bool)
-        matches = np.full((len(images), MAX_DETECTIONS, T), -1)  # -> row in truths
-        for number in range(MAX_DETECTIONS):
-            rows = np.flatnonzero((similarity[:, number] >= THRESHOLDS[0]).any(1))
-            candidates = person[rows, None]  # (R,1,G)
-            values = similarity[rows, number, None]  # (R,1,G)
-            free = (values >= THRESHOLDS[:, None]) & (~taken[rows] | crowd[candidates])  # (R,T,G)
-            # the most similar person that counts, else the most similar that is ignored
-            counts = np.where(free & ~ignored[candidates], values, -1)
-            rest = np.where(free & ignored[candidates], values, -1)
-            best = np.where((counts > 0).any(2), last_argmax(counts), last_argmax(rest))  # (R,T)
-            hit = free.any(2)
-            matches[rows, number] = np.where(hit, person[rows[:, None], best], -1)
-            r, t = np.nonzero(hit)
-            taken[rows[r], t, best[r, t]] = True
+        ignored = crowd | (persons["num_keypoints"] == 0)
+        ignored |= (persons["area"] < low) | (persons["area"] > high)
+        hit = []
+        left_out = []
+        for rows, there, similarity in pictures:
+            outside = (results["area"][rows] < low) | (results["area"][rows] > high)
+            matches = np.full((len(THRESHOLDS), len(rows)), -1)
+            if similarity.size and similarity.max() >= THRESHOLDS[0]:
+                matches = np.array([match(similarity.tolist(), ignored[there].tolist(),
+                                          crowd[there].tolist(), t) for t in THRESHOLDS])
+            person = np.append(there, -1)[matches]  # (T,D) rows, -1 for nobody
+            # pycocotools marks a match by the annotation's id, so that an id of 0 is no match
+            matched = (person >= 0) & (np.append(persons["id"], 0)[person] != 0)
+            hit.append(matched)
+            left_out.append(np.where(person >= 0, np.append(ignored, False)[person], False)
+                            | (~matched & outside))
+        there = np.concatenate([there for _, there, _ in pictures])
+        precision, recall = precision_and_recall(
+            results["score"][found], np.concatenate(hit, axis=1),
+            np.concatenate(left_out, axis=1), np.count_nonzero(~ignored[there]))
+        precisions.append(precision)
+        recalls.append(recall)
 
-        match = matches[image, rank].T  # (T, detections)
-        found = (match >= 0) & marked[match]
-        outside = (areas < low) | (areas > high)
-        left_out = np.where(match >= 0, ignored[match], outside) | (~found & outside)
-        found, left_out = found[:, by_score], left_out[:, by_score]
-        total = np.count_nonzero(~ignored)
-        if total == 0:
-            precisions.append(np.full((T, len(RECALLS)), -1.0))
-            recalls.append(np.full(T, -1.0))
-            continue
-        true = np.cumsum(found & ~left_out, axis=1).astype(float)
-        false = np.cumsum(~found & ~left_out, axis=1).astype(float)
-        recall, precision = true / total, true / (true + false + np.spacing(1))
-        precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-        at = np.zeros((T, len(RECALLS)))
-        for t in range(T):
-            position = np.searchsorted(recall[t], RECALLS, side="left")
-            reached = position < recall.shape[1]
-            at[t, reached] = precision[t, position[reached]]
-        precisions.append(at)
-        recalls.append(recall[:, -1] if recall.shape[1] else np.zeros(T))
-
-    (p, p_medium, p_large), (r, r_medium, r_large) = precisions, recalls
-    values = (p, p[0], p[5], p_medium, p_large, r, r[0], r[5], r_medium, r_large)
+    values = []
+    for of_all, of_medium, of_large in (precisions, recalls):
+        values += [of_all, of_all[0], of_all[5], of_medium, of_large]  # [0]: OKS 0.5, [5]: 0.75
     return {name: float(np.mean(value)) for name, value in zip(COCO_METRICS, values)}
 
+
+# ---------------------------------------------------------------------------- results
 
 def person_scores(keypoints, people):
     """The score of each person, (N,): the mean of its joint scores above 0.2, 0 if there is none,
     times the score of its box (SimpleBaseline)."""
     counted = keypoints[..., 2] > 0.2
-    return ((keypoints[..., 2] * counted).sum(1) / np.maximum(counted.sum(1), 1)) * people.score
+    mean = (keypoints[..., 2] * counted).sum(1) / np.maximum(counted.sum(1), 1)
+    return mean * people.score
 
 
 def box_areas(people, size):
     """The areas (N,) of the padded boxes, which have the shape of the network's input, in pixels of
     the pictures."""
     return (200 * people.scale) ** 2 * size[0] / size[1]
+
+
+def oks_nms(points, scores, areas, sigmas, threshold=0.9):
+    """Which persons of one picture to keep, best first: those not more similar than threshold to a
+    better one. points (n,K,2), scores (n,), areas (n,), all in pixels of the picture.
+
+    Unlike in the metric, all joints count and the area is the mean of the two boxes' (HRNet).
+    """
+    squared = ((points[:, None] - points[None]) ** 2).sum(3)  # (n,n,K)
+    area = (areas[:, None] + areas[None]) / 2 + np.spacing(1)  # (n,n)
+    similarity = np.exp(-squared / (2 * np.asarray(sigmas)) ** 2 / (2 * area[..., None])).mean(2)
+    kept = []
+    for row in np.argsort(-scores, kind="stable"):
+        if (similarity[row, kept] <= threshold).all():
+            kept.append(row)
+    return np.array(kept)
 
 
 def coco_results(keypoints, people, size, sigmas):
@@ -284,43 +295,170 @@ def coco_results(keypoints, people, size, sigmas):
     """
     scores = person_scores(keypoints, people)
     areas = box_areas(people, size)
-    rows_of = {}  # pictures in the order of their first appearance
+    rows_in = defaultdict(list)  # pictures in the order of their first appearance
     for row, image_id in enumerate(people.image_id.tolist()):
-        rows_of.setdefault(image_id, []).append(row)
+        rows_in[image_id].append(row)
     results = []
-    for image_id, rows in rows_of.items():
+    for image_id, rows in rows_in.items():
         rows = np.array(rows)
         for row in rows[oks_nms(keypoints[rows, :, :2], scores[rows], areas[rows], sigmas)]:
-            results.append({"image_id": image_id, "category_id": 1,
+            results.append({"image_id": image_id, "category_id": people.category,
                             "keypoints": keypoints[row].ravel().tolist(),
                             "score": float(scores[row])})
     return results
 
 
-def oks_nms(points, scores, areas, sigmas, threshold=0.9):
-    """Which persons of one picture to keep, best first: those not more similar than threshold to a
-    better one. points (n,K,2), scores (n,), areas (n,), all in pixels of the picture.
+def results_columns(entries, path, num_joints, category=1):
+    """COCO results, a parsed file -> {image_id (D,), keypoints (D,K,3), score (D,), area (D,)}.
 
-    Unlike in the metric, all joints count and the area is the mean of the two boxes' (HRNet).
+    The area is that of the box, if the first result has one, else of the joints' extent, as in
+    pycocotools. InputError, naming path, if it is not a list of such results.
     """
-    squared = ((points[:, None] - points[None]) ** 2).sum(3)  # (n,n,K)
-    area = (areas[:, None] + areas[None]) / 2 + np.spacing(1)
-    similarity = np.exp(-squared / (2 * np.asarray(sigmas)) ** 2 / (2 * area[..., None])).mean(2)
-    kept = []
-    for row in np.argsort(-scores, kind="stable"):
-        if (similarity[row, kept] <= threshold).all():
-            kept.append(row)
-    return np.array(kept)
+    with reading(path, "a list of results, each with category_id"):
+        entries = [entry for entry in entries if entry["category_id"] == category]
+        boxed = "bbox" in entries[0] if entries else False
+    if not entries:
+        raise InputError(f"{path} has no result of the category {category} of persons")
+    shapes = {"image_id": (), "score": (), "keypoints": (3 * num_joints,)}
+    columns = read_columns(path, "result", entries, shapes | ({"bbox": (4,)} if boxed else {}))
+    columns["keypoints"] = columns["keypoints"].reshape(len(entries), num_joints, 3)
+    if boxed:
+        columns["area"] = columns["bbox"][:, 2] * columns["bbox"][:, 3]
+    else:
+        columns["area"] = np.prod(np.ptp(columns["keypoints"][..., :2], axis=1), axis=1)
+    return columns
 
 
-# ---------------------------------------------------------------------------- prediction
+# ---------------------------------------------------------------------------- a network from a file
 
-def model_info(config, dataset, skeleton, size):
+def model_info(config, dataset, skeleton, size, precision="tf32"):
     """All that belongs to a network's weights, as plain types: kept in checkpoints and ONNX files,
     so that no flag has to be repeated."""
     return {"variant": config and variant_name(config), "dataset": dataset,
             "skeleton": asdict(skeleton), "input": list(size), "mean": list(MEAN),
-            "std": list(STD), "colour": "RGB"}
+            "std": list(STD), "colour": "RGB", "precision": precision}
+
+
+class Network:
+    """A network and all that belongs to it, made by open_network.
+
+    network(crops): crops (B,H,W,3) uint8 RGB -> the last stage's heatmaps (B,K,h,w), float32.
+    forward: function of normalised images (B,3,H,W) -> list of S heatmaps. info: model_info's.
+    model: the LAPX, None for an ONNX file. path names it in errors.
+    """
+
+    def __init__(self, forward, info, device="cpu", model=None, path="the network"):
+        self.forward = forward
+        self.info = info
+        self.device = torch.device(device)
+        self.model = model
+        self.path = path
+        with reading(path, "a network with its joints, input size, mean, std and colours") as where:
+            where.entry = "what train.py and export.py store as info"
+            names = {key: tuple(map(tuple, value)) if key in ("flip_pairs", "limbs")
+                     else tuple(value) for key, value in info["skeleton"].items()}
+            self.skeleton = Skeleton(**names)
+            self.size = data.image_size("{}x{}".format(*info["input"]))
+            self.mean = tuple(map(float, info["mean"]))
+            self.std = tuple(map(float, info["std"]))
+            self.bgr = {"RGB": False, "BGR": True}[info["colour"]]
+            self.dataset = info["dataset"]
+            pairs = [*self.skeleton.flip_pairs, *self.skeleton.limbs]
+            joints = range(len(self.skeleton.joints))
+            if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0
+                    and self.dataset in (None, *DATASETS) and all(map(str.strip, names["joints"]))
+                    and all(a in joints and b in joints for a, b in pairs)):
+                raise ValueError("its values don't fit each other")
+        # evaluation computes as training did, but for bfloat16, which is for training alone
+        torch.backends.cudnn.allow_tf32 = info.get("precision") != "float32"
+
+    def prepare(self, crops):
+        """Crops (B,H,W,3) uint8 -> the network's input (B,3,H,W), on its device."""
+        crops = crops.to(self.device, non_blocking=True)
+        return normalise(crops, self.bgr, self.mean, self.std)
+
+    @torch.no_grad()
+    def stages(self, crops):
+        """The heatmaps of all stages that the network gives, a list of (B,K,h,w)."""
+        heatmaps = [stage.float() for stage in self.forward(self.prepare(crops))]
+        wanted = (len(self.skeleton.joints), *heatmap_size(*self.size))
+        if heatmaps[-1].shape[1:] != wanted:
+            raise InputError(f"{self.path} gives heatmaps of the shape {tuple(heatmaps[-1].shape)}, "
+                             f"not (B, {', '.join(map(str, wanted))}); choose --skeleton and "
+                             "--input accordingly")
+        return heatmaps
+
+    def __call__(self, crops):
+        return self.stages(crops)[-1]
+
+
+def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
+    """A Network from a file of weights, a name in lapx.WEIGHTS, or an ONNX file (on the CPU).
+
+    size (height, width), skeleton, bgr: what the file does not tell, or is to be changed.
+    InputError if the file is broken, or lacks what neither it nor the arguments tell.
+    """
+    given = path
+    path = weights_path(path)
+    model = None
+    if path.suffix == ".onnx":
+        if device not in ("auto", "cpu"):
+            raise InputError(f"{path}: ONNX files run on the CPU here; leave out --device")
+        device = "cpu"
+        session = open_session(path)
+        with reading(path, "an ONNX file whose metadata is JSON under the key lapx"):
+            info = json.loads(session.get_modelmeta().custom_metadata_map.get("lapx", "null"))
+        forward = session_forward(session, path)
+    else:
+        device = choose_device(device)
+        content = load_file(path)
+        model = from_checkpoint(content, path).eval()
+        model.to(device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
+        forward = model
+        info = content.get("info") if isinstance(content, dict) else None
+        if info is None:
+            info = guess_info(model.config, path, given, size, skeleton)
+    if info is None and size and skeleton:
+        info = model_info(model and model.config, None, skeleton, size)
+    if not isinstance(info, dict):
+        raise InputError(f"{path} does not tell its input size and joints; name them with --input "
+                         "HxW and --skeleton NAME (an entry of SKELETONS in lapx.py)")
+    info = info | ({"input": list(size)} if size else {})
+    info = info | ({"skeleton": asdict(skeleton)} if skeleton else {})
+    info = info | ({"colour": "BGR"} if bgr else {})
+    network = Network(forward, info, device, model, path)
+    if model and model.config.num_joints != len(network.skeleton.joints):
+        raise InputError(f"{path} predicts {model.config.num_joints} joints, not "
+                         f"{len(network.skeleton.joints)}; choose another --skeleton")
+    return network
+
+
+def guess_info(config, path, given, size, skeleton):
+    """The info of weights alone, such as the authors': from the number of joints and, as in
+    LAPX_MPII_256_256.tar, from the file's name. None if the joints are neither MPII's nor COCO's."""
+    dataset = {16: "mpii", 17: "coco"}.get(config.num_joints)
+    if dataset is None:
+        return None
+    told = re.search(r"(?<!\d)(\d{2,4})[_x](\d{2,4})(?!\d)", path.stem)
+    told = tuple(map(int, told.groups())) if told else (0, 0)
+    if min(told) < 64 or told[0] % 32 or told[1] % 32:  # no input size, an epoch perhaps
+        told = DATASETS[dataset].size
+    height, width = size or told
+    if str(given) == str(path):
+        print(f"{path} does not tell its joints and input; taken for {dataset}'s and "
+              f"{height}x{width}, unless --skeleton and --input say otherwise")
+    return model_info(config, dataset, skeleton or SKELETONS[dataset], told)
+
+
+def choose_device(name):
+    """auto -> the best device there is: cuda, mps or cpu. InputError if a named one is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        return next(device for device, present in there.items() if present)
+    if not there[name]:
+        raise InputError(f"--device {name}: torch {torch.__version__} finds no such device here")
+    return name
 
 
 def open_session(path, threads=0, profile=None, optimised=True):
@@ -332,146 +470,241 @@ def open_session(path, threads=0, profile=None, optimised=True):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    # 8-bit sums would overflow on x86 CPUs without VNNI
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
     if not Path(path).is_file():
         raise InputError(f"{path}: there is no such file")
-    try:
+    with reading(path, "an ONNX file that ONNX Runtime can run"):
         return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime has no public classes of errors
-        raise InputError(f"{path} can't be opened by ONNX Runtime "
-                         f"({str(error).splitlines()[0]})") from None
 
 
-class Network:
-    """A trained network and all that belongs to it, from a checkpoint or an ONNX file.
+def session_forward(session, path):
+    """An ONNX Runtime session -> function of images (B,3,H,W) -> list of heatmaps (B,K,h,w).
 
-    network(images): crops (B,H,W,3) uint8 -> the last stage's heatmaps (B,K,h,w), a float32 tensor.
-    InputError if the file is broken, or lacks what neither it nor the arguments tell.
+    The heatmaps are the outputs with four dimensions. A batch that the file fixes is filled up.
     """
+    inputs = session.get_inputs()
+    outputs = [output.name for output in session.get_outputs() if len(output.shape) == 4]
+    if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4
+            or inputs[0].shape[1] not in (3, "c", "C", None) or not outputs):
+        raise InputError(f"{path} must take float32 images (B, 3, H, W) and give heatmaps; it takes "
+                         f"{[(item.type, item.shape) for item in inputs]}")
+    fixed = inputs[0].shape[0]
 
-    def __init__(self, path, device="cpu", size=None, skeleton=None, bgr=False):
-        self.device, self.model, self.session, config = torch.device(device), None, None, None
-        if Path(path).suffix == ".onnx":
-            self.device, self.session = torch.device("cpu"), open_session(path)
-            info = json.loads(self.session.get_modelmeta().custom_metadata_map.get("lapx", "null"))
-        else:
-            content = load_file(path)
-            self.model = from_checkpoint(content, path).eval().to(
-                self.device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
-            config = self.model.config
-            guess = {16: "mpii", 17: "coco"}.get(config.num_joints)
-            info = content.get("info") if isinstance(content, dict) else None
-            if info is None and guess:  # weights alone, such as the authors' LAPX_MPII_256_256.tar
-                told = re.search(r"(\d{2,})[_x](\d{2,})", Path(path).stem)
-                told = tuple(map(int, told.groups())) if told else DATASETS[guess].size
-                info = model_info(config, guess, SKELETONS[guess], told)
-                print(f"{path} does not tell its joints and input; taken for {guess}'s and "
-                      f"{'{}x{}'.format(*size or told)}, unless --skeleton and --input say "
-                      "otherwise")
-        if not info and not (size and skeleton):
-            raise InputError(f"{path} does not tell its input size and joints; name them with "
-                             "--input HxW and --skeleton NAME (an entry of SKELETONS in lapx.py)")
-        self.info = info or model_info(config, None, skeleton, size)
-        if skeleton is None:
-            skeleton = Skeleton(**{name: tuple(tuple(value) if isinstance(value, list) else value
-                                               for value in values)
-                                   for name, values in self.info["skeleton"].items()})
-        if config and config.num_joints != len(skeleton.joints):
-            raise InputError(f"{path} predicts {config.num_joints} joints, but --skeleton names "
-                             f"{len(skeleton.joints)}")
-        self.skeleton, self.size = skeleton, tuple(size or self.info["input"])
-        self.bgr = bgr or self.info["colour"] == "BGR"
-        self.info = {**self.info, "skeleton": asdict(skeleton), "input": list(self.size),
-                     "colour": "BGR" if self.bgr else "RGB"}
-        if self.session:
-            self.check_onnx(path)
-
-    def check_onnx(self, path):
-        """Finds the outputs that are heatmaps; InputError if the file's shapes don't fit."""
-        def fits(shape, wanted):  # what is open has a name in place of a number
-            return len(shape) == 4 and all(not isinstance(fixed, int) or fixed == number
-                                           for fixed, number in zip(shape[1:], wanted))
-
-        takes, gives = self.session.get_inputs()[0].shape, self.session.get_outputs()
-        if not fits(takes, (3, *self.size)):
-            raise InputError(f"{path} takes images of the shape {takes}, not (B, 3, "
-                             f"{self.size[0]}, {self.size[1]}); choose --input accordingly")
-        K = len(self.skeleton.joints)
-        self.outputs = [output.name for output in gives
-                        if fits(output.shape, (K, *heatmap_size(*self.size)))]
-        if not self.outputs:
-            raise InputError(f"{path} gives no heatmaps of {K} joints, but outputs of the shapes "
-                             f"{[output.shape for output in gives]}; choose --skeleton accordingly")
-
-    def prepare(self, images):
-        return normalise(images.to(self.device, non_blocking=True), self.bgr,
-                         self.info["mean"], self.info["std"])
-
-    @torch.no_grad()
-    def stages(self, images):
-        """The heatmaps of all stages that the network gives, a list of (B,K,h,w)."""
-        images = self.prepare(images)
-        if self.session is None:
-            return [heatmaps.float() for heatmaps in self.model(images)]
-        takes = self.session.get_inputs()[0]
-        batch = takes.shape[0] if isinstance(takes.shape[0], int) else len(images)
-        filled = np.concatenate([images.numpy(), np.zeros((-len(images) % batch, *images.shape[1:]),
-                                                          np.float32)])
-        runs = [self.session.run(self.outputs, {takes.name: filled[start:start + batch]})
-                for start in range(0, len(filled), batch)]
+    def forward(images):
+        batch = fixed if isinstance(fixed, int) else len(images)
+        missing = np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)
+        filled = np.concatenate([images.numpy(), missing])
+        with reading(path, f"a network for images of the shape {tuple(images.shape)} (see --input)"):
+            runs = [session.run(outputs, {inputs[0].name: filled[start:start + batch]})
+                    for start in range(0, len(filled), batch)]
         return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
 
-    def __call__(self, images):
-        return self.stages(images)[-1]
+    return forward
 
 
-def flip_back(heatmaps, order, shift=True):
-    """The heatmaps (B,K,h,w) of mirrored crops -> as if of the crops themselves.
+# ---------------------------------------------------------------------------- scoring a split
 
-    Mirrored, left and right joints exchanged, and moved one pixel to the right: with heatmap pixel
-    x on input pixel 4x, the mirrored map is 3/4 of a pixel off. Column 0 stays where it was.
+@dataclass
+class MPIITruth:
+    """What PCKh compares with."""
+
+    joints: np.ndarray  # (N,16,2) pixels of the pictures, counted from 1
+    annotated: np.ndarray  # (N,16) bool
+    head_sizes: np.ndarray  # (N,) pixels
+    source: str  # where the head sizes are from
+
+
+def mpii_truth(people, root, split):
+    """The MPIITruth of all People of a split, from gt_{split}.mat if it is there.
+
+    A head size is 0.6 times the diagonal of the head box in that file. Without it the JSON is
+    enough: in MPII the same number is 25 * scale, to within 1e-4 pixels.
     """
-    heatmaps = heatmaps.flip(3)[:, order]
-    if shift:
-        heatmaps = torch.cat([heatmaps[..., :1], heatmaps[..., :-1]], dim=3)
-    return heatmaps
+    for path in [Path(root) / name for name in data.mpii_mat(split)] if root else []:
+        if path.is_file():
+            N = len(people)
+            mat = read_mat(path, {"pos_gt_src": (16, 2, N), "jnt_missing": (16, N),
+                                  "headboxes_src": (2, 2, N)})
+            corners = mat["headboxes_src"]  # (2 corners, x y, N)
+            sizes = 0.6 * np.linalg.norm(corners[1] - corners[0], axis=0)
+            if not (sizes > 0).all():
+                raise InputError(f"{path}: the head box of person {np.argmin(sizes > 0)} (from 0) "
+                                 "is empty; fetch the file again, or leave it out")
+            return MPIITruth(mat["pos_gt_src"].transpose(2, 0, 1), mat["jnt_missing"].T == 0, sizes,
+                             path.name)
+    padded = people.center[:, 0] != -2  # -1 in the JSON: no box, so neither moved nor padded
+    sizes = 25 * people.scale / np.where(padded, PADDING, 1)
+    return MPIITruth(people.joints + 1.0, people.visible, sizes, "25 * scale in the JSON")
 
 
-def predict(heatmaps_of, people, size, skeleton, flips=(True,), shift=True, quarter_offset=True,
-            batch_size=32, workers=0, pin_memory=False, progress=None):
-    """Joints of people: for each entry of flips (with the flip test or without) an array (N,K,3) of
-    x, y in pixels of the pictures (0-based) and score.
+def read_mat(path, shapes):
+    """Arrays of a MATLAB file as float64: {key: array} for {key: shape}; InputError if it is
+    missing or broken, lacks a key, has another shape or has NaN."""
+    from scipy.io import loadmat  # only where it is needed: it takes a second to import
 
-    heatmaps_of: function of crops (B,H,W,3) uint8 -> heatmaps (B,K,h,w). The flip test averages the
-    heatmaps of a crop and of its mirror image. progress: called with the number of persons done.
-    """
-    K, order = len(skeleton.joints), flip_order(skeleton).tolist()
-    keypoints = [np.zeros((len(people), K, 3)) for _ in flips]
-    matrices = np.array([invert(affine(center, scale, size))
-                         for center, scale in zip(people.center, people.scale)])
-    batches = [range(start, min(start + batch_size, len(people)))
-               for start in range(0, len(people), batch_size)]
-    loader = data.make_loader(PoseDataset(people, size, skeleton), batches, workers, pin_memory)
-    for rows, images, *_ in loader:
-        rows = rows.numpy()
-        heatmaps = heatmaps_of(images)
-        if any(flips):
-            mirrored = flip_back(heatmaps_of(images.flip(2)), order, shift)
-        for result, flip in zip(keypoints, flips):
-            points, scores = decode((heatmaps + mirrored) / 2 if flip else heatmaps, quarter_offset)
-            points = points.cpu().double().numpy() * STRIDE
-            result[rows, :, :2] = transform(points, matrices[rows])
-            result[rows, :, 2] = scores.cpu().numpy()
-        if not all(np.isfinite(result[rows]).all() for result in keypoints):
-            raise InputError("the network's heatmaps are NaN or infinite; take an earlier "
-                             "checkpoint")
-        if progress:
-            progress(rows[-1] + 1)
-    return keypoints
+    with reading(path, f"a MATLAB file with {', '.join(shapes)} of one split") as where:
+        with open(path, "rb") as file:
+            content = loadmat(file)
+        arrays = {}
+        for key, shape in shapes.items():
+            where.entry = key
+            arrays[key] = np.array(content[key], np.float64)
+            if arrays[key].shape != shape:
+                raise ValueError(f"its shape is {arrays[key].shape}, not {shape}")
+            if not np.isfinite(arrays[key]).all():
+                raise ValueError("it has NaN or infinite numbers")
+    return arrays
+
+
+def read_truth(people, dataset, root, split, rows=None):
+    """What predictions of a split are scored against: a CocoFile, or an MPIITruth. rows: of some of
+    its People."""
+    rows = np.arange(len(people)) if rows is None else rows
+    if dataset != "coco":
+        truth = mpii_truth(people, root, split)
+        return MPIITruth(truth.joints[rows], truth.annotated[rows], truth.head_sizes[rows],
+                         truth.source)
+    file = data.read_coco_file(data.coco_path(root, split), people.joints.shape[1])
+    kept = np.isin(file.images["id"], people.image_id[rows]) | (len(rows) == len(people))
+    file.images = {key: values[kept] for key, values in file.images.items()}
+    kept = np.isin(file.persons["image_id"], file.images["id"])
+    file.persons = {key: values[kept] for key, values in file.persons.items()}
+    return file
+
+
+def score(keypoints, people, truth, network):
+    """Predictions (N,K,3), in pixels of the pictures, against read_truth's -> {metric: value}."""
+    if isinstance(truth, MPIITruth):
+        return pckh(keypoints[..., :2] + 1, truth.joints, truth.annotated, truth.head_sizes)
+    results = coco_results(keypoints, people, network.size, network.skeleton.sigmas)
+    columns = results_columns(results, "the predictions", len(network.skeleton.joints),
+                              truth.category)
+    return coco_ap(truth, columns, network.skeleton.sigmas)
+
+
+def report(metrics, what, truth):
+    """Prints a result: what was scored and how, the columns, the numbers."""
+    print(what)
+    if isinstance(truth, MPIITruth):
+        print(f"PCKh@0.5: distance <= half a head size (0.6 * head box diagonal, from "
+              f"{truth.source});\nMean over 14 joints, without pelvis and thorax")
+    else:
+        print(f"OKS average precision in percent, {MAX_DETECTIONS} detections a picture")
+    factor, width = (100, 7) if "AP" in metrics else (1, 8)
+    print(" ".join(f"{name:>{width}}" for name in metrics))
+    print(" ".join(f"{'-' if np.isnan(value) else -1 if value < 0 else f'{value * factor:.2f}':>{width}}"
+                   for value in metrics.values()), flush=True)
+
+
+def write_metrics(path, metrics):
+    plain = {key: None if np.isnan(value) else value for key, value in metrics.items()}
+    data.write_file(path, json.dumps(plain, indent=1) + "\n")
+
+
+def write_predictions(out, keypoints, people, dataset, network):
+    """pred.mat as MPII's evaluation takes it, or results.json as COCO's server does. -> path."""
+    if dataset == "coco":
+        path = out / "results.json"
+        results = coco_results(keypoints, people, network.size, network.skeleton.sigmas)
+        data.write_file(path, json.dumps(results))
+    else:
+        from scipy.io import savemat
+
+        path = out / "pred.mat"
+        buffer = io.BytesIO()
+        savemat(buffer, {"preds": keypoints[..., :2] + 1})
+        data.write_file(path, buffer.getvalue())
+    return path
+
+
+def evaluate_dataset(args):
+    """Predicts a split with a network and scores it, or only predicts if nothing is annotated."""
+    network = open_network(args.weights, args.device, args.input, chosen_skeleton(args), args.bgr)
+    dataset = args.dataset or network.dataset
+    if not dataset:
+        raise InputError(f"{args.weights} does not say what it was trained on; name a --dataset, "
+                         "or an --image")
+    if dataset == "synthetic" and args.data:
+        raise InputError("--data means nothing with synthetic people, who have no files; name a "
+                         "--dataset")
+    if dataset != "coco" and args.boxes != "gt":
+        raise InputError(f"--boxes means nothing with {dataset}, whose boxes are annotated")
+    info = DATASETS[dataset]
+    ours = len(network.skeleton.joints)
+    theirs = len(SKELETONS[info.skeleton].joints)
+    if dataset != network.dataset and not args.skeleton and ours != theirs:
+        raise InputError(f"{args.weights} predicts {ours} joints, {dataset} has {theirs}; choose "
+                         "another --dataset")
+    split = args.split or info.valid
+    root = args.data or Path("data") / dataset
+    unscored = dataset == "coco" and data.coco_path(root, split).name.startswith("image_info")
+    if unscored and args.boxes == "gt":
+        raise InputError(f"{dataset} {split} has no annotated persons; give a detector's boxes with "
+                         "--boxes FILE.json")
+    people = data.load_people(dataset, root, split, network.size, network.skeleton, args.boxes)
+    truth = None
+    if not unscored and (dataset == "coco" or people.visible.any()):
+        truth = read_truth(people, dataset, root, split)
+        if dataset == "coco" and not truth.persons["num_keypoints"].any():
+            raise InputError(f"{truth.path} has nobody with labelled joints to score")
+    # DIFFERS: boxes of COCO's persons. The paper's numbers are with a detector's boxes, ours are
+    # with annotated ones unless --boxes names a file: about 2 AP more. The result line says which.
+    boxes = "annotated (gt)" if args.boxes == "gt" else f"of {args.boxes}"
+    for flip in [False, True] if args.both else [not args.no_flip]:
+        keypoints = predict(network, people, flip, not args.no_shift, not args.no_offset,
+                            args.batch_size, args.workers, show_progress(len(people)))
+        path = write_predictions(args.out, keypoints, people, dataset, network)
+        if truth is None:
+            continue
+        metrics = score(keypoints, people, truth, network)
+        options = [("no flip test" if not flip else "flip test without shift" if args.no_shift
+                    else "flip test with shift")] + ["no quarter offset"] * args.no_offset
+        report(metrics, f"{dataset} {split}, {plural(len(people), 'person')}, boxes {boxes},\n"
+               f"input {network.size[0]}x{network.size[1]}, {', '.join(options)}", truth)
+        name = "metrics.json" if flip or not args.both else "metrics_no_flip.json"
+        write_metrics(args.out / name, metrics)
+    if truth is None:
+        print(f"{dataset} {split} has no annotated joints, so there is no score")
+    print(f"wrote {path}" + (f" and {args.out / 'metrics.json'}" if truth else ""))
+
+
+def evaluate_results(args):
+    """Scores predictions made elsewhere; needs neither network nor pictures."""
+    path = Path(args.results)
+    if path.suffix == ".mat":
+        dataset = args.dataset or "mpii"
+        split = args.split or "valid"
+        root = args.data or Path("data") / dataset
+        if dataset == "coco" or args.annotations or args.skeleton:
+            raise InputError(f"{path}: a .mat file has MPII's joints; --annotations, --skeleton and "
+                             "coco mean nothing with it")
+        people = DATASETS[dataset].read(root, split)
+        predictions = read_mat(path, {"preds": (len(people), 16, 2)})["preds"]
+        truth = mpii_truth(people, root, split)
+        metrics = pckh(predictions, truth.joints, truth.annotated, truth.head_sizes)
+        report(metrics, f"{path}: {dataset} {split}, {plural(len(people), 'person')}", truth)
+    else:
+        if not args.annotations or args.data or args.split or args.dataset not in (None, "coco"):
+            raise InputError("COCO results are scored against --annotations FILE, and by that alone "
+                             "(no --dataset, --data or --split)")
+        skeleton = SKELETONS[args.skeleton or "coco"]
+        truth = data.read_coco_file(args.annotations, len(skeleton.joints))
+        if not truth.persons["num_keypoints"].any():
+            raise InputError(f"{args.annotations} has nobody with labelled joints to score")
+        columns = results_columns(data.read_json(path), path, len(skeleton.joints), truth.category)
+        metrics = coco_ap(truth, columns, skeleton.sigmas)
+        count = plural(len(columns["score"]), "detection")
+        report(metrics, f"{path}: {count}, {args.annotations}", truth)
+    write_metrics(args.out / "metrics.json", metrics)
+    print(f"wrote {args.out / 'metrics.json'}")
 
 
 def show_progress(total, what="persons"):
@@ -488,176 +721,54 @@ def show_progress(total, what="persons"):
     return show
 
 
-# ---------------------------------------------------------------------------- scores of a data set
-
-def read_truth(people, dataset, root, split, rows=None):
-    """What the predictions of a split are scored against; of some rows of its people, if given.
-
-    COCO: the parsed annotation file. Else: what mpii_truth returns.
-    """
-    if dataset != "coco":
-        *arrays, compared = mpii_truth(people, root, split)
-        return (*(array if rows is None else array[rows] for array in arrays), compared)
-    path = Path(root) / f"annotations/person_keypoints_{split}.json"
-    content = data.read_coco_json(path, people.joints.shape[1])
-    if rows is not None:
-        wanted = set(people.image_id[rows].tolist())
-        content["images"] = [image for image in content["images"] if image["id"] in wanted]
-    return content
-
-
-def score(keypoints, people, truth, size, skeleton):
-    """Predictions (N,K,3), in pixels of the pictures, against read_truth's -> {metric: value}."""
-    if isinstance(truth, dict):
-        results = coco_results(keypoints, people, size, skeleton.sigmas)
-        arrays = results_arrays(results, "the predictions", len(skeleton.joints))
-        return coco_ap(truth, *arrays, skeleton.sigmas)
-    return pckh(keypoints[..., :2] + 1, *truth[:3])
-
-
-def format_metrics(metrics):
-    """Two lines, the names and the numbers, in fixed columns."""
-    scale, digits = (100, 2) if "AP" in metrics else (1, 2)
-    values = ["-" if np.isnan(value) else f"{value * scale:.{digits}f}" if value >= 0 else "-1"
-              for value in metrics.values()]
-    return (" ".join(f"{name:>9}" for name in metrics), " ".join(f"{value:>9}" for value in values))
-
-
-def write_metrics(out, metrics, name="metrics.json"):
-    plain = {key: None if np.isnan(value) else value for key, value in metrics.items()}
-    data.write_file(Path(out) / name, json.dumps(plain, indent=1) + "\n")
-
-
-def write_predictions(out, keypoints, people, dataset, size, skeleton):
-    """pred.mat as MPII's evaluation takes it, or results.json as COCO's server does. -> path."""
-    if dataset == "coco":
-        path = Path(out) / "results.json"
-        data.write_file(path, json.dumps(coco_results(keypoints, people, size, skeleton.sigmas)))
-    else:
-        from scipy.io import savemat
-
-        path, buffer = Path(out) / "pred.mat", io.BytesIO()
-        savemat(buffer, {"preds": keypoints[..., :2] + 1})
-        data.write_file(path, buffer.getvalue())
-    return path
-
-
-def read_people(args, split, size, skeleton):
-    """The people to predict: annotated boxes, or those of a detector. -> People, boxes in words."""
-    root = args.data or Path("data") / args.dataset
-    if args.dataset != "coco" or (args.boxes == "gt" and find_coco(root, split)[1]):
-        return data.load_people(args.dataset, root, split, size, skeleton), "gt"
-    path, annotated = find_coco(root, split)
-    if args.boxes == "gt":
-        raise InputError(f"{path.name} has no persons; give a detector's with --boxes FILE.json")
-    images = data.read_coco_json(path, len(skeleton.joints))["images"]
-    people = data.read_boxes(args.boxes, images, data.coco_image_folder(root, split), size,
-                             len(skeleton.joints))
-    print(f"coco {split}: {len(people)} boxes of {args.boxes} in {len(images)} pictures",
-          flush=True)
-    data.check_pictures(people, "coco", split)
-    return people, str(args.boxes)
-
-
-def find_coco(root, split):
-    """COCO's annotation file of a split, and whether it has persons (a test split's has none)."""
-    path = data.find_file(root, [f"annotations/person_keypoints_{split}.json",
-                                 f"annotations/image_info_{split}.json"], "coco", split)
-    return path, path.name.startswith("person_keypoints")
-
-
-def evaluate_dataset(args):
-    """Predicts a split with a network and scores it, or only predicts if nothing is annotated."""
-    network = open_network(args)
-    args.dataset = args.dataset or network.info["dataset"]
-    if not args.dataset:
-        raise InputError(f"{args.weights} does not say what it was trained on; name a --dataset, "
-                         "or an --image")
-    info = DATASETS[args.dataset]
-    split, root = args.split or info.valid, args.data or Path("data") / args.dataset
-    ours, theirs = len(network.skeleton.joints), len(SKELETONS[info.skeleton].joints)
-    if args.dataset != network.info["dataset"] and not args.skeleton and ours != theirs:
-        raise InputError(f"{args.weights} predicts {ours} joints, {args.dataset} has {theirs}; "
-                         "choose another --dataset")
-    people, boxes = read_people(args, split, network.size, network.skeleton)
-    flips = [False, True] if args.both else [not args.no_flip]
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{args.out} can't be made ({error.strerror})") from None
-    annotated = find_coco(root, split)[1] if args.dataset == "coco" else people.visible.any()
-    truth = read_truth(people, args.dataset, root, split) if annotated else None
-    start = time.monotonic()
-    predictions = predict(network, people, network.size, network.skeleton, flips, not args.no_shift,
-                          not args.no_offset, args.batch_size, args.workers,
-                          network.device.type == "cuda", show_progress(len(people)))
-    seconds = time.monotonic() - start
-    print(f"{len(people) / seconds:.1f} persons/s", flush=True)
-    path = write_predictions(args.out, predictions[-1], people, args.dataset, network.size,
-                             network.skeleton)
-    if not annotated:
-        print(f"{args.dataset} {split} has no annotated joints: wrote {path}, nothing to score")
-        return
-    for keypoints, flip in zip(predictions, flips):
-        metrics = score(keypoints, people, truth, network.size, network.skeleton)
-        words = ("flip test" + ("" if args.no_shift else " with shift")) if flip else "no flip test"
-        report(metrics, f"{args.dataset} {split}, {len(people)} persons, boxes {boxes}, "
-                        f"input {network.size[0]}x{network.size[1]}, {words}"
-                        + (", no quarter offset" if args.no_offset else ""), truth)
-        write_metrics(args.out, metrics, "metrics.json" if flip == flips[-1]
-                      else "metrics_no_flip.json")
-    print(f"wrote {path} and {Path(args.out) / 'metrics.json'}")
-
-
-def report(metrics, what, truth):
-    """Prints a result: what was scored and how, the columns, the numbers."""
-    if isinstance(truth, dict):
-        print(f"{what}\nOKS average precision, 20 detections a picture, in percent:")
-    else:
-        print(f"{what}\nPCKh@0.5: distance <= half of 0.6 * head box diagonal ({truth[3]}); "
-              "Mean over 14 joints, without pelvis and thorax")
-    print("\n".join(format_metrics(metrics)), flush=True)
-
-
-def evaluate_results(args):
-    """Scores predictions made elsewhere; needs neither network nor pictures."""
-    path = Path(args.results)
-    if path.suffix == ".mat":
-        args.dataset = args.dataset or "mpii"
-        split, root = args.split or "valid", args.data or Path("data") / args.dataset
-        people = DATASETS[args.dataset].read(root, split)
-        predictions = read_mat(path, "preds")["preds"]
-        if predictions.shape != (len(people), 16, 2):
-            raise InputError(f"{path} must have preds of the shape ({len(people)}, 16, 2) for "
-                             f"{args.dataset} {split}, but they are {predictions.shape}")
-        if not np.isfinite(predictions).all():
-            raise InputError(f"{path} has preds that are NaN or infinite")
-        truth = mpii_truth(people, root, split)
-        metrics = pckh(predictions, *truth[:3])
-        report(metrics, f"{path}: {args.dataset} {split}, {len(people)} persons", truth)
-    else:
-        if not args.annotations:
-            raise InputError("to score COCO results, name the annotations with --annotations FILE")
-        skeleton = SKELETONS[args.skeleton or "coco"]
-        content = data.read_coco_json(args.annotations, len(skeleton.joints))
-        arrays = results_arrays(data.read_json(path), path, len(skeleton.joints),
-                                data.person_category(content))
-        metrics = coco_ap(content, *arrays, skeleton.sigmas)
-        report(metrics, f"{path}: {len(arrays[0])} detections, {args.annotations}", content)
-    write_metrics(args.out, metrics)
-    print(f"wrote {Path(args.out) / 'metrics.json'}")
-
-
 # ---------------------------------------------------------------------------- own pictures
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
+@dataclass
+class Person:
+    """A person found in a picture, in pixels of it."""
+
+    box: np.ndarray  # (4,) x, y, width, height
+    keypoints: np.ndarray  # (K,3) x, y, score
+    score: float
+
+
+def predict_picture(network, picture, boxes=None, scores=None, flip=True, shift=True,
+                    quarter_offset=True, batch_size=32):
+    """The persons in a Pillow picture, a list of Person, best first, doubles left out.
+
+    boxes (n,4): x, y, width, height of each person in pixels; default: one that fills the picture.
+    scores (n,): of the boxes, default 1. The others: see predict. InputError for impossible boxes.
+    """
+    boxes = np.array([[0, 0, *picture.size]] if boxes is None else boxes, float)
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not (
+            np.isfinite(boxes).all() and (boxes[:, 2:] > 0).all()
+            and (boxes[:, :2] < picture.size).all() and (boxes[:, :2] + boxes[:, 2:] > 0).all()):
+        raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in "
+                         f"the picture of {picture.width}x{picture.height}, not all of "
+                         f"{boxes.tolist()[:5]} do")
+    scores = np.ones(len(boxes)) if scores is None else np.asarray(scores, float)
+    K = len(network.skeleton.joints)
+    people = data.people_in_boxes(boxes, scores, network.size, K, image=picture.convert("RGB"))
+    keypoints = predict(network, people, flip, shift, quarter_offset, batch_size)
+    found = person_scores(keypoints, people)
+    sigmas = network.skeleton.sigmas or [0.07] * K  # about the mean of COCO's
+    kept = oks_nms(keypoints[..., :2], found, box_areas(people, network.size), sigmas)
+    return [Person(boxes[row], keypoints[row], float(found[row])) for row in kept]
+
+
 def pictures_in(places):
-    """The pictures among files and in folders, as paths; InputError if there is none."""
-    paths = [path for place in places for path in
-             (sorted(path for path in place.iterdir() if path.suffix.lower() in PICTURES)
-              if place.is_dir() else [place])]
+    """The pictures among files and in folders, as paths, but for our own drawings in folders;
+    InputError if there is none."""
+    paths = []
+    for place in map(Path, places):
+        if place.is_dir():
+            paths += [path for path in sorted(place.iterdir())
+                      if path.suffix.lower() in PICTURES and not data.is_ours(path)]
+        else:
+            paths.append(place)
     if not paths:
         raise InputError(f"{places[0]} has no pictures ({', '.join(sorted(PICTURES))})")
     return paths
@@ -665,162 +776,152 @@ def pictures_in(places):
 
 def evaluate_pictures(args):
     """Predicts, draws and writes one's own pictures; a broken one is told and left out."""
-    network, failed, used = open_network(args), 0, set()
+    network = open_network(args.weights, args.device, args.input, chosen_skeleton(args), args.bgr)
     if args.attention and args.attention not in network.skeleton.joints:
         raise InputError(f"--attention {args.attention!r} is none of the network's joints: "
                          f"{', '.join(network.skeleton.joints)}")
+    if args.attention and not (network.model and network.model.non_locals()):
+        raise InputError("--attention needs a checkpoint of a variant with Non-Local modules")
     paths = pictures_in(args.image)
-    detected = data.read_detections(args.boxes) if args.boxes != "gt" else None
+    detected = None
+    if args.boxes != "gt":
+        by_id = {int(path.stem): path for path in paths if path.stem.isdigit()}
+        names, boxes, scores = data.read_detections(args.boxes, by_id,
+                                                    {path.name: path for path in paths})
+        detected = {path: [row for row, name in enumerate(names) if name == path]
+                    for path in paths}
+    failed = 0
+    stems = set()
     for path in paths:
         stem = path.stem
-        while stem in used:  # pictures of one name from several folders
+        while stem in stems:  # pictures of one name from several folders
             stem += "_"
-        used.add(stem)
+        stems.add(stem)
         try:
-            picture, _ = data.open_picture(path, upright=True)
-            picture = picture.convert("RGB")
-            boxes = args.box or [[0, 0, *picture.size]]
-            scores = np.ones(len(boxes))
-            if detected is not None:
-                names, boxes, scores = detected
-                rows = np.flatnonzero(np.array(names) == path.stem.lstrip("0"))
-                if not len(rows):
-                    raise InputError(f"{path}: {args.boxes} has no person in it")
-                boxes, scores = boxes[rows], scores[rows]
-            persons = predict_picture(network, picture, np.array(boxes, float), scores, args)
-            sheets = {}
-            if args.heatmaps:
-                sheets["heatmaps"] = [draw_heatmaps(network, picture, box) for box, *_ in persons]
-            if args.attention:
-                sheets["attention"] = [draw_attention(network, picture, box, keypoints,
-                                                      args.attention)
-                                       for box, keypoints, _ in persons]
+            picture = data.open_picture(path, upright=True)
+            if detected is None:
+                persons = predict_picture(network, picture, args.box, None, *protocol(args))
+            elif detected[path]:
+                persons = predict_picture(network, picture, boxes[detected[path]],
+                                          scores[detected[path]], *protocol(args))
+            else:
+                persons = []
+            write_picture(args, stem, path, picture, persons, network)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
-            continue
-        write_picture(Path(args.out), stem, path, picture, persons, sheets, network, args.threshold)
     if failed:
-        sys.exit(f"error: {failed} of {len(paths)} pictures could not be done")
+        sys.exit(f"error: {failed} of {plural(len(paths), 'picture')} could not be done")
 
 
-def predict_picture(network, picture, boxes, scores, args):
-    """-> a list of (box, keypoints (K,3), score) for a picture, best first, doubles left out."""
-    corner, extent = boxes[:, :2], boxes[:, 2:]
-    if not (np.isfinite(boxes).all() and (extent > 0).all() and (corner < picture.size).all()
-            and (corner + extent > 0).all()):
-        raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in "
-                         f"the picture of {picture.width}x{picture.height}, not all of "
-                         f"{boxes.tolist()[:5]} do")
-    K = len(network.skeleton.joints)
-    people = data.people_in_boxes(boxes, scores, network.size, K, image=picture)
-    keypoints, = predict(network, people, network.size, network.skeleton, [not args.no_flip],
-                         not args.no_shift, not args.no_offset, args.batch_size)
-    score = person_scores(keypoints, people)
-    sigmas = network.skeleton.sigmas or [0.07] * K  # about the mean of COCO's
-    areas = box_areas(people, network.size)
-    return [(boxes[row], keypoints[row], score[row])
-            for row in oks_nms(keypoints[..., :2], score, areas, sigmas)]
+def protocol(args):
+    """The flags of the test-time protocol, as predict_picture takes them."""
+    return not args.no_flip, not args.no_shift, not args.no_offset, args.batch_size
 
 
-def write_picture(out, stem, path, picture, persons, sheets, network, threshold):
+def write_picture(args, stem, path, picture, persons, network):
     """Writes what was found in a picture: the drawing, the JSON and sheets, beside each other."""
-    joints = network.skeleton.joints
-    content = [{"box": list(map(float, box)), "score": float(score), "joints": [
-        {"name": name, "x": float(x), "y": float(y), "score": float(s)}
-        for name, (x, y, s) in zip(joints, keypoints)]} for box, keypoints, score in persons]
-    data.write_file(out / f"{stem}_pose.json",
-                    json.dumps({"picture": str(path), "persons": content}, indent=1) + "\n")
-    drawn, shown = picture.copy(), [person for person in persons if person[2] > threshold]
-    for _, keypoints, _ in reversed(shown):
-        data.draw_pose(drawn, keypoints, network.skeleton, threshold)
-    data.write_png(out / f"{stem}_pose.png", drawn)
-    for name, pictures in sheets.items():
-        for number, sheet in enumerate(pictures):
-            data.write_png(out / f"{stem}_{name}{number or ''}.png", sheet)
-    print(f"{path}: {len(persons)} persons, {len(shown)} drawn (scores above {threshold:g}) -> "
-          f"{out / stem}_pose.png, .json", flush=True)
+    content = [{"box": person.box.tolist(), "score": person.score, "joints": [
+        {"name": name, "x": x, "y": y, "score": score}
+        for name, (x, y, score) in zip(network.skeleton.joints, person.keypoints.tolist())]}
+        for person in persons]
+    shown = [person for person in persons if person.score > args.threshold]
+    drawn = picture.copy()
+    for person in reversed(shown):
+        data.draw_pose(drawn, person.keypoints, network.skeleton, args.threshold)
+    drawings = {f"{stem}_pose.png": drawn}
+    for number, person in enumerate(shown):
+        if args.heatmaps:
+            drawings[f"{stem}_heatmaps{number or ''}.png"] = draw_heatmaps(network, picture, person)
+        if args.attention:
+            drawings[f"{stem}_attention{number or ''}.png"] = draw_attention(
+                network, picture, person, args.attention)
+    for name in [*drawings, f"{stem}_pose.json"]:
+        if (args.out / name).exists() and not data.is_ours(args.out / name):
+            raise InputError(f"{args.out / name} is there already and not made by this program; "
+                             "choose another --out")
+    data.write_file(args.out / f"{stem}_pose.json", json.dumps(
+        {"made by": data.SIGNATURE, "picture": str(path), "persons": content}, indent=1) + "\n")
+    for name, drawing in drawings.items():
+        data.write_png(args.out / name, drawing)
+    print(f"{path}: {plural(len(persons), 'person')}, {len(shown)} drawn (scores above "
+          f"{args.threshold:g}) -> {args.out / stem}_pose.png, .json", flush=True)
 
 
 def crop_of(network, picture, box):
     """The crop of a box as the network sees it: (1,H,W,3) uint8, and its matrix."""
-    (center,), (scale,) = data.box_to_center_scale(box, network.size)
+    (center,), (scale,) = data.box_to_center_scale(np.array([box], float), network.size)
     matrix = affine(center, scale, network.size)
     return torch.from_numpy(data.crop(picture, matrix, network.size))[None], matrix
 
 
-def draw_heatmaps(network, picture, box):
-    """A sheet: a row for each stage, a column for each joint, the heatmap over the crop."""
-    images, _ = crop_of(network, picture, box)
+def draw_heatmaps(network, picture, person):
+    """A sheet of all stages' heatmaps over the crop, eight joints a row, the peaks marked."""
+    crops, _ = crop_of(network, picture, person.box)
     height, width = network.size
-    seen = Image.fromarray(images[0].numpy()).resize((128, 128 * height // width))
-    stages = network.stages(images)
-    tiles = [data.titled(data.heat(seen, heatmap, max(float(heatmap.max()), 1e-6)),
-                         f"{number}: {name} {float(heatmap.max()):.2f}", 16)
-             for number, stage in enumerate(stages, start=1)
-             for name, heatmap in zip(network.skeleton.joints, stage[0].cpu())]
-    return data.grid(tiles, columns=len(network.skeleton.joints))
+    factor = 192 / width
+    seen = Image.fromarray(crops[0].numpy()).resize((192, round(height * factor)))
+    tiles = []
+    for number, heatmaps in enumerate(network.stages(crops), start=1):
+        points, scores = decode(heatmaps.cpu())
+        for k, name in enumerate(network.skeleton.joints):
+            peak = float(scores[0, k])
+            tile = data.heat(seen, heatmaps[0, k].cpu(), max(peak, 1e-6))
+            x, y = (factor * STRIDE * points[0, k]).tolist()
+            ImageDraw.Draw(tile).circle((x, y), 5, outline=data.MIDDLE, width=2)
+            tiles.append(data.titled(tile, [f"stage {number}: {name}", f"peak {peak:.2f}"]))
+        blank = Image.new("RGB", tiles[0].size, "white")
+        tiles += [blank] * (-len(network.skeleton.joints) % 8)  # a stage begins a row
+    return data.grid(tiles, columns=8)
 
 
-def draw_attention(network, picture, box, keypoints, joint):
+def draw_attention(network, picture, person, joint):
     """Where the Non-Local modules look from the cell that a joint lies in, one tile a stage."""
-    from lapx import NonLocal
+    crops, matrix = crop_of(network, picture, person.box)
+    factor = max(1, round(384 / network.size[1]))
+    seen = Image.fromarray(crops[0].numpy())
+    seen = seen.resize((factor * seen.width, factor * seen.height))
+    keypoint = person.keypoints[network.skeleton.joints.index(joint), :2]
+    x, y = factor * transform(keypoint[None], matrix)[0]
+    tiles = []
 
-    maps, hooks = [], []
-    for number, stage in enumerate(network.model.stages if network.model else [], start=1):
-        for module in stage.modules():
-            if isinstance(module, NonLocal):
-                hooks.append(module.register_forward_hook(
-                    lambda module, inputs, _, number=number: maps.append(
-                        (number, float(module.gamma), inputs[0].shape[2:],
-                         module.attention(inputs[0])[0].float().cpu().numpy()))))
-    if not hooks:
-        raise InputError("--attention needs a checkpoint of a variant with Non-Local modules")
-    images, matrix = crop_of(network, picture, box)
-    network(images)
-    for hook in hooks:
-        hook.remove()
-    seen, tiles = Image.fromarray(images[0].numpy()), []
-    seen = seen.resize((2 * seen.width, 2 * seen.height))
-    (x, y), = transform(keypoints[network.skeleton.joints.index(joint), :2][None], matrix)
-    for number, gamma, (h, w), attention in maps:
-        cell_width, cell_height = seen.width / w, seen.height / h
-        column = int(np.clip(2 * x // cell_width, 0, w - 1))
-        row = int(np.clip(2 * y // cell_height, 0, h - 1))
-        looks = attention[row * w + column].reshape(h, w)
-        low, high = looks.min(), looks.max()
+    def draw(module, inputs, output, stage):  # a forward hook
+        h, w = inputs[0].shape[2:]
+        column = int(np.clip(x * w // seen.width, 0, w - 1))
+        row = int(np.clip(y * h // seen.height, 0, h - 1))
+        looks = module.attention(inputs[0])[0, row * w + column].reshape(h, w).float().cpu().numpy()
+        low = looks.min()
+        high = looks.max()
         spread = Image.fromarray(looks - low).resize(seen.size, Image.Resampling.NEAREST)
         tile = data.heat(seen, spread, max(high - low, 1e-9) / 0.6)  # the picture shines through
-        ImageDraw.Draw(tile).rectangle(
-            (column * cell_width, row * cell_height, (column + 1) * cell_width,
-             (row + 1) * cell_height), outline=data.MIDDLE, width=3)
-        tiles.append(data.titled(tile, f"stage {number}, gamma {gamma:.2f}, from the {joint}'s "
-                                       f"cell: {low:.1%} to {high:.1%} a cell"))
+        cell = np.array([seen.width / w, seen.height / h])
+        corner = cell * (column, row)
+        ImageDraw.Draw(tile).rectangle((*corner, *corner + cell), outline=data.MIDDLE, width=3)
+        tiles.append(data.titled(tile, [
+            f"stage {stage}, gamma {float(module.gamma):.2f}, from the {joint}'s cell",
+            f"{low:.1%} (dark) to {high:.1%} (bright) of its attention a cell"]))
+
+    hooks = [module.register_forward_hook(
+                 lambda module, inputs, output, stage=stage: draw(module, inputs, output, stage))
+             for stage, part in enumerate(network.model.stages, start=1)
+             for module in part.modules() if isinstance(module, NonLocal)]
+    network(crops)
+    for hook in hooks:
+        hook.remove()
     return data.grid(tiles, columns=len(tiles))
 
 
-# ---------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- flags
 
-def open_network(args):
-    return Network(args.weights, choose_device(args.device), args.input,
-                   SKELETONS[args.skeleton] if args.skeleton else None, args.bgr)
-
-
-def choose_device(name):
-    """auto -> the best device there is: cuda, mps or cpu. InputError if a named one is missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        return next(device for device, present in there.items() if present)
-    if not there[name]:
-        raise InputError(f"--device {name}: torch {torch.__version__} finds no such device here")
-    return name
+def chosen_skeleton(args):
+    return SKELETONS[args.skeleton] if args.skeleton else None
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="checkpoint, .tar or .onnx")
+    parser.add_argument("--weights", metavar="FILE",
+                        help="mpii, coco, coco-384x288, a checkpoint, .tar or .onnx")
     data.add_data_arguments(parser, "what the network was trained on", "the network's own")
     group = parser.add_argument_group("a data set")
     group.add_argument("--split", help="default: valid, or val2017 for coco")
@@ -848,7 +949,8 @@ def main():
         group.add_argument(flag, action="store_true", help=what)
     group.add_argument("--batch-size", type=data.number_from(1), default=32,
                        help="default: %(default)s")
-    group.add_argument("--workers", type=data.number_from(0), default=2,
+    group.add_argument("--workers", type=data.number_from(0, data.cpu_count()),
+                       default=min(2, data.cpu_count()),
                        help="loader processes (default: %(default)s)")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     group.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/evaluation"),
@@ -856,18 +958,23 @@ def main():
     args = parser.parse_args()
     if not (args.weights or args.results):
         parser.error("give --weights FILE, or --results FILE to score predictions made elsewhere")
-    mode = "results" if args.results else "image" if args.image else "dataset"
-    for flag, modes in (("weights", "image dataset"), ("both", "dataset"),
-                        ("annotations", "results"), ("split", "dataset results"),
-                        ("box", "image"), ("heatmaps", "image"), ("attention", "image")):
-        if getattr(args, flag) and mode not in modes:
-            parser.error(f"--{flag} means nothing with --{mode}")
-    if args.boxes != "gt" and (args.box or mode == "results"):
-        parser.error("--boxes means nothing with --box or --results")
-    if args.both and args.no_flip:
-        parser.error("--both is without and with the flip test, --no-flip without")
-    (evaluate_results if args.results else evaluate_pictures if args.image
-     else evaluate_dataset)(args)
+    if args.both and (args.no_flip or args.no_shift):
+        parser.error("--both is without and with the flip test and its shift")
+    network = "weights skeleton input bgr no_flip no_shift no_offset batch_size device out".split()
+    if args.results:
+        data.refuse_unused(parser, args, "--results", ["results", "annotations", "dataset", "data",
+                                                       "split", "skeleton", "out"])
+        evaluate_results(args)
+    elif args.image:
+        data.refuse_unused(parser, args, "--image", [*network, "image", "box", "boxes", "threshold",
+                                                     "heatmaps", "attention"])
+        if args.box and args.boxes != "gt":
+            parser.error("--box and --boxes are two ways to say the same; give one of them")
+        evaluate_pictures(args)
+    else:
+        data.refuse_unused(parser, args, "a data set", [*network, "dataset", "data", "split",
+                                                        "boxes", "both", "workers"])
+        evaluate_dataset(args)
 
 
 if __name__ == "__main__":

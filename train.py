@@ -1,30 +1,27 @@
 """Trains LAPX by the paper's recipe, and scores it after every epoch.
 
-    python train.py                                             # drawn people, minutes on a CPU
-    python train.py --dataset mpii --data data/mpii             # the paper's 200 epochs
-    python train.py --dataset coco --data data/coco
-    python train.py --dataset mpii --resume auto                # goes on where a run was stopped
-    torchrun --nproc_per_node=4 train.py --dataset mpii ...     # four GPUs, the same total batch
+  python train.py                               # synthetic people, on a CPU
+  python train.py --dataset mpii --data data/mpii      # the paper's 200 epochs
+  python train.py --dataset coco --data data/coco
+  python train.py --dataset mpii --resume auto         # goes on with a stopped run
+  torchrun --nproc_per_node=4 train.py --dataset mpii  # 4 GPUs, same total batch
 
-A run's folder gets recipe.json, log.csv, last.pt (everything, to resume), best.pt (the best epoch's
-network), and at the end curve.png and predictions.png.
+A run's folder gets recipe.json, log.csv, last.pt (everything, to resume),
+best.pt (the best epoch's network), at the end curve.png and predictions.png.
 
-Every random choice is a function of the seed, the epoch and the person: so that the same command
-gives the same network on one machine's CPU, whatever --workers is and however often the run was
-killed and resumed, and there is no random state to lose.
+Every random choice is a function of the seed, the epoch and the person. So on
+one machine's CPU the same command gives the same weights, whatever --workers is
+and however often the run was killed and resumed.
 """
 
 import argparse
-import csv
 import io
 import json
-import math
 import os
 import re
 import signal
 import sys
 import time
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,63 +33,70 @@ from torch import nn
 
 import data
 import evaluate
-from data import DATASETS, PoseDataset, gaussian_targets, normalise, target_sigma
-from lapx import SKELETONS, VARIANTS, InputError, find_weights, lapx, load_file
+from data import (DATASETS, Augmentation, PoseDataset, computing, gaussian_targets, normalise,
+                  plural, target_sigma)
+from lapx import SKELETONS, VARIANTS, InputError, lapx, load_file, load_fitting, reading
 
-
-# The defaults of the flags, and what else a recipe needs.
+# The defaults of the flags. PAPER §4: Adam, batches of 32, learning rates and their milestones.
 RECIPES = {
-    #      the paper's: Adam (betas 0.9, 0.999; no weight decay, it names none), batch 32 in total
-    "mpii": dict(epochs=200, batch_size=32, lr=3e-4,
-                 factor=0.5, milestones=(105, 150, 175, 190),  # lr *= factor after these epochs
-                 gamma_warmup=10, gamma_ramp=50),  # epochs with gamma = 0, epochs in which it rises
-    "coco": dict(epochs=210, batch_size=32, lr=2e-4, factor=0.4, milestones=(120, 160, 190),
+    # lr is multiplied by `factor` after each of the epochs in `milestones`
+    "mpii": dict(epochs=200, batch_size=32, lr=3e-4, factor=0.5, milestones=[105, 150, 175, 190],
                  gamma_warmup=10, gamma_ramp=50),
-    #      ours, some minutes on two CPU cores
-    "synthetic": dict(epochs=4, batch_size=16, lr=1e-3, factor=0.3, milestones=(3,),
+    "coco": dict(epochs=210, batch_size=32, lr=2e-4, factor=0.4, milestones=[120, 160, 190],
+                 gamma_warmup=10, gamma_ramp=50),
+    # ours, some minutes on two CPU cores
+    "synthetic": dict(epochs=4, batch_size=16, lr=1e-3, factor=0.3, milestones=[3],
                       gamma_warmup=0.2, gamma_ramp=1),
 }
-# The paper does not say how long the warm-up is. Ten epochs are ours: the loss has then left its
-# first steep fall, and the ramp ends long before the learning rate first drops.
+# PAPER SILENT: length of the warm-up. Ten epochs, ours: the loss has then left its first steep
+# fall, and gamma's rise ends long before the learning rate first drops.
 
+
+# ---------------------------------------------------------------------------- schedules and loss
 
 def learning_rate(epoch, lr, factor, milestones):
-    """The learning rate of an epoch (0-based, so milestone 105 is first felt by the 106th)."""
+    """The learning rate of an epoch, counted from 0: milestone 105 is first felt by the 106th."""
     return lr * factor ** sum(epoch >= milestone for milestone in milestones)
 
 
 def gamma_at(epochs, warmup, ramp, target):
-    """The gamma schedule (section 3.3) after some epochs, a fraction of one included.
+    """The gamma that the schedule wants after some epochs, a fraction included. PAPER §3.3.
 
-    0 during warmup, then linear from 0 to target over ramp epochs, then None: the optimiser's.
+    0 during `warmup` epochs, then rising linearly to target over `ramp` epochs, then None: learnt.
     """
     if epochs > warmup + ramp:
         return None
     return target * (epochs - warmup) / ramp if epochs > warmup else 0.0
 
 
-def set_gamma(gammas, optimiser, value, target):
-    """Gives the gammas what gamma_at says a step of training starts with. -> True while frozen.
+def schedule_gamma(model, optimiser, value):
+    """Sets every gamma to what gamma_at says for this step. -> the parameters that the optimiser
+    must leave alone in this step.
 
-    Frozen, the optimiser knows nothing of them; so the first step that finds them free starts them
-    from target, with a fresh state.
+    While gamma is 0 these are all parameters of the Non-Local modules, then the gammas alone, and
+    none at the end; the first such step starts from the target.
     """
+    # PAPER SILENT: what "frozen" means. The Non-Local modules get no gradient and have no state in
+    # Adam, as if they were not there yet (the authors' code leaves them out). From the first step
+    # in which gamma rises their weights learn; gamma itself is set until the ramp ends.
+    modules = model.non_locals()
+    gammas = [module.gamma for module in modules]
     for gamma in gammas:
         if value is not None:
             gamma.data.fill_(value)
-            optimiser.state.pop(gamma, None)
-        elif gamma not in optimiser.state:
-            gamma.data.fill_(target)
-    return value is not None
+        elif gamma not in optimiser.state:  # Adam has not moved it yet
+            gamma.data.fill_(model.config.gamma_target)
+    if value == 0:
+        return [parameter for module in modules for parameter in module.parameters()]
+    return gammas if value is not None else []
 
 
 def heatmap_loss(outputs, targets, weights):
-    """The loss with intermediate supervision (eq. 4.1, 4.2), in float32: a scalar.
+    """The loss with intermediate supervision, in float32: a scalar. PAPER eq. 4.1, 4.2.
 
     outputs: S heatmaps (B,K,h,w); targets (B,K,h,w); weights (B,K), 0 for joints to leave out.
-    A stage's loss is 1/(2K) of the squared distances of the K maps, summed over pixels; the mean
-    over the batch and over the stages.
     """
+    # PAPER SILENT: norm in eq. 4.1. We sum squared distances over the pixels of a map.
     loss = 0
     for heatmaps in outputs:
         squared = ((heatmaps.float() - targets) ** 2).sum((2, 3))  # (B,K)
@@ -100,170 +104,193 @@ def heatmap_loss(outputs, targets, weights):
     return loss.mean() / len(outputs)
 
 
-class EpochBatches:
-    """Batches of (epoch, row), shuffled by (seed, epoch): of each, this process's share.
+# ---------------------------------------------------------------------------- one epoch
 
-    All batches have the same size: the few persons that are left over differ from epoch to epoch.
-    """
+class EpochBatches:
+    """Batches of (epoch, row), shuffled by (seed, epoch): of each, this process's share."""
 
     def __init__(self, persons, batch_size, seed, rank=0, world=1):
-        self.persons, self.batch_size, self.seed = persons, batch_size, seed
-        self.rank, self.world = rank, world
-        self.steps = persons // batch_size
-        self.epoch = self.first = 0  # first: the step to begin with, when a run is resumed
+        self.persons = persons
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
 
     def __len__(self):
-        return self.steps - self.first
+        # PAPER SILENT: the last, incomplete batch. Left out; who is left out changes every epoch.
+        return self.persons // self.batch_size
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.persons)
-        for step in range(self.first, self.steps):
+        for step in range(len(self)):
             batch = order[step * self.batch_size:(step + 1) * self.batch_size]
             yield [(self.epoch, row) for row in batch[self.rank::self.world].tolist()]
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """A tensor summed over all processes; the gradient is summed likewise."""
+def train_epoch(net, model, optimiser, loader, epoch, recipe, device, progress=None):
+    """One epoch: load, forward, loss, backward, step. -> mean loss, images/s, share of waiting.
 
-    @staticmethod
-    def forward(context, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(context, gradient):
-        return SumOverProcesses.forward(context, gradient)
-
-
-class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over the batches of all processes, so that N processes train as one does.
-
-    torch's own works on GPUs only. (B,C,h,w) -> same; every process has the same B.
+    net: the model, or what torch.compile and DistributedDataParallel made of it. epoch: from 0.
+    InputError at a loss that is not finite.
     """
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        wide = x.float()
-        moments = torch.cat([wide.mean((0, 2, 3)), (wide * wide).mean((0, 2, 3))])  # (2C,)
-        mean, square = (SumOverProcesses.apply(moments) / dist.get_world_size()).chunk(2)
-        variance = (square - mean * mean).clamp(min=0)  # not below, by rounding
-        with torch.no_grad():
-            n = x.numel() // x.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
-
-
-# ---------------------------------------------------------------------------- one epoch
-
-class Stopped(Exception):
-    """SIGTERM or Ctrl-C came: the state is to be saved and the run to end."""
-
-
-class StopSignals:
-    """Remembers SIGTERM and Ctrl-C until it suits us; a second one ends the process at once."""
-
-    def __init__(self):
-        self.number = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
-
-    def catch(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def check(self, device=None):
-        """Raises Stopped if a signal has come; given a device, if it has come to any process."""
-        if device:
-            number = torch.tensor(self.number, device=device)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.number = int(number)
-        if self.number:
-            raise Stopped
-
-
-def train_epoch(run, loader, epoch):
-    """One epoch: load, forward, loss, backward, step. -> mean loss, images/s, share of waiting."""
-    recipe, device, steps = run.recipe, run.device, run.batches.steps
-    lr = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
-    for group in run.optimiser.param_groups:
-        group["lr"] = lr
-    # Reading a loss waits for the GPU, asking the others for signals waits for all of them.
-    look_every = (1 if run.world == 1 and device.type == "cpu"
-                  else 10 if device.type == "cpu" else 50)
-    gammas = run.model.gammas()
-    progress = evaluate.show_progress(steps, "steps") if run.rank == 0 else None
-    run.net.train()
-    start, waited, done = time.perf_counter(), 0.0, 0
-    batches = iter(loader)
-    for step in range(run.step, steps):
-        asked = time.perf_counter()
-        _, images, joints, visible = next(batches)
+    steps = len(loader)
+    size = recipe.input
+    for group in optimiser.param_groups:
+        group["lr"] = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
+    losses = torch.zeros(steps, device=device)
+    look_every = 50 if device.type == "cuda" else 1  # reading a loss makes a GPU wait
+    model.train()
+    start = asked = time.perf_counter()
+    waited = 0.0
+    for step, (_, images, joints, visible) in enumerate(loader):
         waited += time.perf_counter() - asked
-
         images = normalise(images.to(device, non_blocking=True))  # (B,3,H,W)
-        targets, weights = gaussian_targets(  # (B,K,h,w), (B,K)
-            joints.to(device, non_blocking=True), visible.to(device, non_blocking=True),
-            run.size, target_sigma(run.size))
-        target = run.model.config.gamma_target
-        frozen = set_gamma(gammas, run.optimiser, gamma_at(
-            epoch + step / steps, recipe.gamma_warmup, recipe.gamma_ramp, target), target)
+        joints = joints.to(device, non_blocking=True)  # (B,K,2)
+        visible = visible.to(device, non_blocking=True)  # (B,K)
+        targets, weights = gaussian_targets(joints, visible, size, target_sigma(size))
+        gamma = gamma_at(epoch + step / steps, recipe.gamma_warmup, recipe.gamma_ramp,
+                         model.config.gamma_target)
+        frozen = schedule_gamma(model, optimiser, gamma)
 
+        optimiser.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            outputs = run.net(images)  # S x (B,K,h,w)
+            outputs = net(images)  # S x (B,K,h,w)
         loss = heatmap_loss(outputs, targets, weights)
-        run.optimiser.zero_grad()
         loss.backward()
-        if frozen:  # Adam does not see them
-            for gamma in gammas:
-                gamma.grad = None
-        run.optimiser.step()
+        for parameter in frozen:
+            parameter.grad = None
+        optimiser.step()
 
-        run.losses[step], run.step, done = loss.detach(), step + 1, done + len(images)
+        losses[step] = loss.detach()
         if (step + 1) % look_every == 0 or step + 1 == steps:
-            run.check_losses()
-            run.stop.check(device if run.world > 1 else None)
+            check_losses(losses[:step + 1], epoch, optimiser)
         if progress:
             progress(step + 1)
-    seconds = max(time.perf_counter() - start, 1e-9)
-    run.average_losses()
-    return run.losses.mean().item(), done * run.world / seconds, waited / seconds
+        asked = time.perf_counter()
+    seconds = time.perf_counter() - start
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes > 1:
+        dist.all_reduce(losses)
+    return (losses.mean().item() / processes, steps * len(images) * processes / seconds,
+            waited / seconds)
 
 
-@torch.no_grad()
-def evaluate_epoch(run, flips):
-    """Predicts the validation people, each by one process, and scores them.
+def check_losses(losses, epoch, optimiser):
+    """InputError at the epoch's first loss that is not finite, before anything is saved."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise InputError(
+            f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}, with "
+            f"learning rate {optimiser.param_groups[0]['lr']:g}; last.pt, if there is one, is from "
+            "before: --resume auto with a lower --lr, or with --precision float32")
 
-    -> for each entry of flips (the flip test or not) the keypoints (N,K,3) and the metrics."""
-    rows = np.arange(run.rank, len(run.valid), run.world)
-    run.model.eval()
 
-    def heatmaps_of(images):
-        if run.world == 1:  # several must not leave each other in the middle of the gathering
-            run.stop.check()
-        return run.model(normalise(images.to(run.device)))[-1]
+# ---------------------------------------------------------------------------- recipe and checkpoint
 
-    parts = evaluate.predict(heatmaps_of, run.valid.rows(rows), run.size, run.skeleton, flips,
-                             batch_size=run.recipe.batch_size // run.world, workers=run.workers,
-                             pin_memory=run.device.type == "cuda",
-                             progress=evaluate.show_progress(len(rows)) if run.rank == 0 else None)
-    results = []
-    for part in parts:
-        keypoints = np.zeros((len(run.valid), *part.shape[1:]))
-        gathered = [(rows, part)]
-        if run.world > 1:
-            gathered = [None] * run.world
-            dist.all_gather_object(gathered, (rows, part))
-        for some, values in gathered:
-            keypoints[some] = values
-        metrics = evaluate.score(keypoints, run.valid, run.truth, run.size, run.skeleton)
-        results.append((keypoints, metrics))
-    return results
+CHANGEABLE = ("lr", "precision")  # of a run that is resumed: the cures for a loss that diverges
+
+
+def default_recipe(dataset):
+    """All that decides a run's weights, as plain types."""
+    info = DATASETS[dataset]
+    return dict(dataset=dataset, splits=[info.train, info.valid], skeleton=info.skeleton,
+                input=list(info.size), variant="lapx", **RECIPES[dataset],
+                scale=info.augmentation.scale, rotation=info.augmentation.rotation,
+                precision="auto", compile=False, seed=0, overfit=0, init="")
+
+
+def new_recipe(args):
+    """The flags over the data set's defaults -> a recipe."""
+    recipe = default_recipe(args.dataset or "synthetic")
+    if args.epochs and args.epochs != recipe["epochs"]:
+        ratio = args.epochs / recipe["epochs"]
+        print(f"{plural(args.epochs, 'epoch')}, not {recipe['epochs']}: milestones and gamma "
+              "schedule are scaled in proportion")
+        recipe["milestones"] = [round(ratio * epoch, 3) for epoch in recipe["milestones"]]
+        for name in ("gamma_warmup", "gamma_ramp"):
+            recipe[name] = round(ratio * recipe[name], 3)
+    return recipe | given_flags(args, recipe)
+
+
+def given_flags(args, recipe):
+    """The flags on the command line that belong to a recipe, as plain types."""
+    given = {name: getattr(args, name) for name in recipe if getattr(args, name, None) is not None}
+    if "input" in given:
+        given["input"] = list(given["input"])
+    if given.get("precision") == "auto":
+        given["precision"] = fast_precision(args.device)
+    return given
+
+
+def fast_precision(device):
+    """What --precision auto is on a device."""
+    # PAPER SILENT: arithmetic. tf32 is PyTorch's own default on a GPU (TF32 in convolutions), which
+    # is likely what the authors had; float32 has it off; bfloat16 is torch's autocast, our default
+    # on CPUs that compute in it. The loss is in float32 in all three.
+    if device == "cuda":
+        return "tf32"
+    cpu = Path("/proc/cpuinfo")
+    known = device == "cpu" and cpu.exists()
+    return "bfloat16" if known and re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b",
+                                             cpu.read_text()) else "float32"
+
+
+def resume(args, out):
+    """The run to go on with: its recipe and data folder, its checkpoint's content or None, what the
+    flags change in the recipe; all None under --resume auto where there is no run yet."""
+    path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
+    saved = None
+    if args.resume != "auto" or path.exists():
+        saved = load_file(path)
+        kind = "a last.pt of train.py (--init takes the weights alone of other files)"
+    else:
+        path = out / "recipe.json"
+        if not path.exists():
+            return None, None, None, None
+        kind = "a recipe.json of train.py"
+    with reading(path, kind) as where:
+        content = saved or data.read_json(path)
+        where.entry = "recipe"
+        recipe = dict(content["recipe"])
+        model = default_recipe(recipe["dataset"])
+        for name, value in model.items():
+            number = isinstance(value, (int, float)) and isinstance(recipe[name], (int, float))
+            if not number and type(recipe[name]) is not type(value):
+                raise TypeError(f"{name} is {recipe[name]!r}")
+        if saved:
+            where.entry = "history"
+            log_rows(saved["history"])
+            where.entry = "optimiser"
+            saved["optimiser"]["state"].items()
+    given = {name: value for name, value in given_flags(args, model).items()
+             if value != recipe[name]}
+    for name in given:
+        if name not in CHANGEABLE:
+            raise InputError(f"{path} is a run with {name.replace('_', '-')} {recipe[name]}; a run "
+                             f"that is resumed keeps its recipe, but for --lr and --precision: "
+                             "leave the flag out, or start another run (--init takes the weights)")
+    return recipe | given, content["data"], saved, {
+        name: f"{recipe[name]} -> {value}" for name, value in given.items()}
+
+
+def load_optimiser(optimiser, state, path):
+    """A checkpoint's state of the optimiser; InputError if it does not fit the parameters."""
+    with reading(path, "a last.pt of train.py") as where:
+        where.entry = "optimiser"
+        optimiser.load_state_dict(state)
+        for parameter, values in optimiser.state.items():  # frozen ones have none
+            for name in ("exp_avg", "exp_avg_sq"):
+                if values[name].shape != parameter.shape:
+                    raise ValueError(f"{name} has the shape {tuple(values[name].shape)}")
+            float(values["step"])
+
+
+def save(path, content):
+    """Writes a checkpoint: the old one is replaced when the new one is whole on the disk."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data.write_file(path, buffer.getvalue())
 
 
 def percent(metrics):
@@ -271,392 +298,309 @@ def percent(metrics):
     return 100 * metrics["AP"] if "AP" in metrics else metrics["Mean"]
 
 
-# ---------------------------------------------------------------------------- a run
+# ---------------------------------------------------------------------------- the run
 
-class Run:
-    """A run and its state. What save() leaves out is made anew from the recipe on resuming."""
+def main():
+    args = parse()
+    args.device = evaluate.choose_device(args.device)
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process talks for all
+    out = args.out or Path("runs") / (args.dataset or "synthetic")
+    if args.resume not in (None, "auto"):
+        out = Path(args.resume).parent
+        if args.out and args.out.resolve() != out.resolve():
+            raise InputError(f"--resume {args.resume} goes on in {out}, not in --out {args.out}; "
+                             "copy the folder to go on elsewhere")
+    recipe = saved = None
+    changed = {}
+    if args.resume:
+        recipe, root, saved, changed = resume(args, out)
+    fresh = recipe is None
+    if fresh:
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"{out} is not empty: --resume auto goes on with the run in it, --out "
+                             "DIR starts another one elsewhere")
+        recipe = new_recipe(args)
+        if recipe["precision"] == "auto":
+            recipe["precision"] = fast_precision(args.device)
+    root = str(args.data or (not fresh and root) or Path("data") / recipe["dataset"])
+    recipe = argparse.Namespace(**recipe)
+    if recipe.dataset == "synthetic" and args.data:
+        raise InputError("--data means nothing with synthetic people, who have no files")
+    if not (recipe.lr > 0 and recipe.gamma_warmup >= 0 and recipe.gamma_ramp >= 0
+            and 0 <= recipe.scale < 1 and 0 <= recipe.rotation <= 180):
+        raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp at least 0, --scale "
+                         "from 0 to below 1, --rotation from 0 to 180")
 
-    def __init__(self, recipe, out, device, workers, saved=None):
-        self.recipe, self.out, self.workers = recipe, out, workers
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device(device)
-        if self.world > 1:
-            if device == "cuda":
-                self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-        self.make_data()
-        self.make_network()
-        self.epoch = self.step = 0  # of the next thing to do, 0-based
-        self.losses = torch.zeros(self.batches.steps, device=self.device)  # of this epoch's steps
-        self.history, self.best = [], -math.inf
-        if saved:
-            self.resume(saved)
-        elif recipe.init:
-            self.say(initialise(self.model, recipe.init))
-        self.stop = StopSignals()
+    # processes
+    device = torch.device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
-    def say(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
+    # data
+    skeleton = SKELETONS[recipe.skeleton]
+    recipe.input = size = tuple(recipe.input)
+    augmentation = Augmentation(recipe.scale, recipe.rotation)
+    people = data.load_people(recipe.dataset, root, recipe.splits[0], size, skeleton,
+                              quiet=rank > 0)
+    if recipe.overfit:  # the same pictures to train and to score, exactly as they are
+        _, first = np.unique(people.image_id, return_index=True)
+        pictures = people.image_id[np.sort(first)[:recipe.overfit]]
+        rows = np.flatnonzero(np.isin(people.image_id, pictures))
+        truth = evaluate.read_truth(people, recipe.dataset, root, recipe.splits[0], rows)
+        people = valid = people.rows(rows)
+        augmentation = None
+        print(f"overfitting {plural(len(people), 'person')} in "
+              f"{plural(len(pictures), 'picture')}, unaugmented")
+    else:
+        valid = data.load_people(recipe.dataset, root, recipe.splits[1], size, skeleton,
+                                 quiet=rank > 0)
+        truth = evaluate.read_truth(valid, recipe.dataset, root, recipe.splits[1])
+    batch_size = min(recipe.batch_size, len(people)) // world * world
+    if not batch_size:
+        raise InputError(f"--batch-size {recipe.batch_size} with {plural(len(people), 'person')} "
+                         f"leaves none for some of {world} processes")
+    if batch_size != recipe.batch_size:
+        print(f"batches of {batch_size}, not {recipe.batch_size}: there are "
+              f"{plural(len(people), 'person')} and {plural(world, 'process', 'es')}")
+    batches = EpochBatches(len(people), batch_size, recipe.seed, rank, world)
+    samples = PoseDataset(people, size, skeleton, augmentation, recipe.seed)
+    loader = data.make_loader(samples, batches, args.workers, device.type == "cuda")
 
-    def make_data(self):
-        recipe, info = self.recipe, DATASETS[self.recipe.dataset]
-        self.skeleton, self.size = SKELETONS[recipe.skeleton], tuple(recipe.input)
-        augmentation, root = info.augmentation, recipe.data
+    # network
+    torch.manual_seed(recipe.seed)
+    torch.backends.cudnn.benchmark = True
+    model = lapx(len(skeleton.joints), recipe.variant)
+    info = evaluate.model_info(model.config, recipe.dataset, skeleton, size, recipe.precision)
+    if world > 1 and device.type == "cuda":
+        # PAPER SILENT: BatchNorm with several processes. On GPUs it normalises over the whole
+        # batch. On CPUs, where torch cannot, each process normalises its share, and the running
+        # statistics of the first process are the network's.
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device, memory_format=torch.channels_last)
+    network = evaluate.Network(model, info, device, model)  # sets the precision, too
+    # PAPER SILENT: Adam's other settings. PyTorch's: betas 0.9 and 0.999, no weight decay.
+    optimiser = torch.optim.Adam(model.parameters(), recipe.lr,
+                                 fused=device.type in ("cpu", "cuda"))
+    history = []
+    if saved:
+        with reading(out / "last.pt", "a last.pt of train.py"):
+            model.load_state_dict(saved["model"])
+        load_optimiser(optimiser, saved["optimiser"], out / "last.pt")
+        history = saved["history"]
+        print(f"resumed after epoch {len(history)}")
+    elif recipe.init:
+        missing = load_fitting(model, recipe.init)
+        total = len(model.state_dict())
+        print(f"{total - len(missing)} of {total} tensors from {recipe.init}; afresh: "
+              f"{', '.join(missing[:12]) or 'none'}{', ...' * (len(missing) > 12)}")
+    net = model
+    if world > 1:
+        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+    if recipe.compile:  # on a GPU the step becomes one CUDA graph
+        net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)
 
-        def people_of(split):
-            return data.load_people(recipe.dataset, root, split, self.size, self.skeleton,
-                                    quiet=self.rank > 0)
+    # the folder
+    if fresh and args.resume:
+        print(f"{out} has no run to resume: a new run")
+    for name, change in changed.items():
+        print(f"the recipe changes: {name} {change}")
+    if len(history) >= recipe.epochs and (out / "predictions.png").exists():
+        print(f"all {plural(recipe.epochs, 'epoch')} are done: nothing to do")
+        return
+    facts = {"parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
+             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+             "processes": world, "batch per process": batch_size // world,
+             "loader processes": args.workers}
+    for key, value in {**vars(recipe), **facts, "data": root, "out": out}.items():
+        print(f"  {key:18} {value}")
+    if rank == 0:
+        take_folder(out, {"recipe": vars(recipe), "data": root, "facts": facts}, fresh)
 
-        people = people_of(recipe.splits[0])
-        if recipe.overfit:  # the same pictures to train and to score, exactly as they are
-            _, first = np.unique(people.image_id, return_index=True)
-            pictures = people.image_id[np.sort(first)[:recipe.overfit]]
-            rows = np.flatnonzero(np.isin(people.image_id, pictures))
-            self.truth = evaluate.read_truth(people, recipe.dataset, root, recipe.splits[0],
-                                             rows)
-            people = self.valid = people.rows(rows)
-            augmentation = None
-            self.say(f"overfitting {len(people)} persons in {len(pictures)} pictures, unaugmented")
-        else:
-            self.valid = people_of(recipe.splits[1])
-            self.truth = evaluate.read_truth(self.valid, recipe.dataset, root, recipe.splits[1])
-        batch = min(recipe.batch_size, len(people)) // self.world * self.world
-        if not batch:
-            raise InputError(f"--batch-size {recipe.batch_size} with {len(people)} persons leaves "
-                             f"none for some of {self.world} processes")
-        if batch != recipe.batch_size:
-            self.say(f"batches of {batch}, not {recipe.batch_size}: there are {len(people)} "
-                     f"persons and {self.world} processes")
-        self.batches = EpochBatches(len(people), batch, recipe.seed, self.rank, self.world)
-        dataset = PoseDataset(people, self.size, self.skeleton, augmentation, recipe.seed)
-        self.loader = data.make_loader(dataset, self.batches, self.workers,
-                                       self.device.type == "cuda")
+    def evaluate_people(flip):
+        """-> the joints (N,K,3) of the validation people, and the metrics. Processes share them."""
+        model.eval()
+        part = evaluate.predict(network, valid.rows(np.arange(rank, len(valid), world)), flip,
+                                batch_size=max(1, batch_size // world), workers=args.workers)
+        parts = [part]
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, part)
+        keypoints = np.zeros((len(valid), *part.shape[1:]))
+        for number, part in enumerate(parts):
+            keypoints[number::world] = part
+        return keypoints, evaluate.score(keypoints, valid, truth, network)
 
-    def make_network(self):
-        recipe = self.recipe
-        torch.manual_seed(recipe.seed)
-        self.model = lapx(len(self.skeleton.joints), recipe.variant)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        exact = recipe.precision == "float32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
-        self.net = self.model
-        if self.world > 1:
-            for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.__class__ = SyncBatchNorm  # the same tensors, another forward
-            # gamma is set to the same value, or moved by the same gradient, in every process
-            warnings.filterwarnings("ignore", "Grad strides do not match")  # those of 1x1 tensors
-            self.net = nn.parallel.DistributedDataParallel(self.model)
-        if recipe.compile:  # on a GPU the step becomes one CUDA graph
-            self.net = torch.compile(
-                self.net, mode="reduce-overhead" if self.device.type == "cuda" else None)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), recipe.lr,
-                                          fused=self.device.type in ("cpu", "cuda"))
-
-    def network(self):
-        """What belongs to the network alone, as plain types and tensors."""
-        return {"config": asdict(self.model.config), "model": self.model.state_dict(),
-                "info": evaluate.model_info(self.model.config, self.recipe.dataset, self.skeleton,
-                                            self.size)}
-
-    def average_losses(self):
-        """The losses of this process's shares of the batches -> those of the whole batches."""
-        if self.world > 1:
-            dist.all_reduce(self.losses)
-            self.losses /= self.world
-
-    def check_losses(self):
-        """InputError at the epoch's first loss that is not finite, before anything is saved."""
-        bad = (~self.losses[:self.step].isfinite()).nonzero().flatten().tolist()
-        if bad:
-            path = self.out / "last.pt"
-            raise InputError(
-                f"the loss is {self.losses[bad[0]].item()} in epoch {self.epoch + 1}, step "
-                f"{bad[0] + 1}, with learning rate {self.optimiser.param_groups[0]['lr']:g}; "
-                + (f"{path} is from before: --resume {path} with a lower --lr, or with --precision "
-                   "float32" if path.exists() else "start again elsewhere with a lower --lr"))
-
-    def save(self, name="last.pt", content=None):
-        """Writes a checkpoint: the old one is replaced when the new one is whole on the disk."""
-        if self.rank == 0:
-            buffer = io.BytesIO()
-            torch.save(content or {
-                **self.network(), "recipe": vars(self.recipe), "epoch": self.epoch,
-                "step": self.step, "losses": self.losses, "best": self.best,
-                "history": self.history, "optimiser": self.optimiser.state_dict()}, buffer)
-            data.write_file(self.out / name, buffer.getvalue())
-
-    def resume(self, saved):
-        """Goes back to the state in a checkpoint's content."""
-        self.model.load_state_dict(saved["model"])
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.epoch, self.step, self.best = saved["epoch"], saved["step"], saved["best"]
-        self.history = saved["history"]
-        self.say(f"resumed after epoch {self.epoch}, step {self.step} of the next")
-        if any(saved["recipe"][key] != vars(self.recipe)[key]
-               for key in ("batch_size", "seed", "splits", "overfit", "data")) and self.step:
-            self.step = 0
-            self.say(f"its batches are others now: epoch {self.epoch + 1} starts again")
-        self.losses[:self.step] = saved["losses"][:self.step]
-
-    def train(self):
-        """All epochs that are left, then the final scores and drawings."""
-        recipe = self.recipe
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    try:
         name = "AP" if recipe.dataset == "coco" else "PCKh@0.5"
-        self.say(f"{'epoch':>9} {'lr':>9} {'gamma':>11} {'loss':>9} {name:>9} {'images/s':>9} "
-                 f"{'waiting':>8} {'time left':>10}")
-        while self.epoch < recipe.epochs:
+        print(f"{'epoch':>8} {'lr':>8} {'gamma':>11} {'loss':>9} {name:>8} {'images/s':>8} "
+              f"{'waiting':>7} {'time left':>10}", flush=True)
+        for epoch in range(len(history), recipe.epochs):
             start = time.monotonic()
-            self.batches.epoch, self.batches.first = self.epoch, self.step
-            loss, speed, waiting = train_epoch(self, self.loader, self.epoch)
-            (_, metrics), = evaluate_epoch(self, [False])
-            lr, gammas = (self.optimiser.param_groups[0]["lr"],
-                          [g.item() for g in self.model.gammas()])
-            self.epoch, self.step = self.epoch + 1, 0
-            self.history.append({
-                "epoch": self.epoch, "loss": loss, "images_per_second": speed, "lr": lr,
-                "gamma": gammas, "waiting": waiting, "metrics": metrics,
-                "seconds": time.monotonic() - start})
-            left = (recipe.epochs - self.epoch) * (time.monotonic() - start)
-            score = percent(metrics)
-            self.say(f"{self.epoch:4}/{recipe.epochs:<4} {lr:9.2e} "
-                     f"{' '.join(f'{gamma:.3f}' for gamma in gammas) or '-':>11} {loss:9.5f} "
-                     f"{score:9.2f} {speed:9.1f} {waiting:8.1%} "
-                     f"{left // 3600:4.0f}:{left % 3600 // 60:02.0f}:{left % 60:02.0f}")
-            if score > self.best or not self.best > -math.inf:
-                self.best = score
-                self.save("best.pt", {**self.network(), "epoch": self.epoch, "metrics": metrics})
-            if self.rank == 0:
-                data.write_file(self.out / "log.csv", log_table(self.history))
-            self.save()
-        results = evaluate_epoch(self, [False, True])
-        if self.rank == 0:
-            self.finish(results)
+            batches.epoch = epoch
+            progress = evaluate.show_progress(len(batches), "steps") if rank == 0 else None
+            with computing(batch_size, size):
+                loss, speed, waiting = train_epoch(net, model, optimiser, loader, epoch, recipe,
+                                                   device, progress)
+            if world > 1:
+                for buffer in model.buffers():  # the first process's running statistics
+                    dist.broadcast(buffer, 0)
+            _, metrics = evaluate_people(flip=False)
+            row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
+                   "gamma": [module.gamma.item() for module in model.non_locals()],
+                   "metrics": metrics, "images_per_second": speed, "waiting": waiting,
+                   "seconds": time.monotonic() - start, "changed": changed}
+            changed = {}
+            history.append(row)
+            left = round((recipe.epochs - epoch - 1) * row["seconds"])
+            gammas = " ".join(f"{gamma:.3f}" for gamma in row["gamma"]) or "-"
+            print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
+                  f"{percent(metrics):8.2f} {speed:8.1f} {waiting:7.1%} "
+                  f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+            if rank == 0:
+                content = {"config": asdict(model.config), "info": info,
+                           "model": model.state_dict()}
+                if not any(percent(row["metrics"]) > percent(metrics) for row in history):
+                    save(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
+                data.write_csv(out / "log.csv", log_rows(history))
+                save(out / "last.pt", content | {
+                    "recipe": vars(recipe), "data": root, "history": history,
+                    "optimiser": optimiser.state_dict()})
 
-    def finish(self, results):
-        """Prints the last epoch's scores, without and with the flip test, and draws."""
-        for (_, metrics), flip in zip(results, ("no flip test", "flip test with shift")):
-            evaluate.report(metrics, f"{self.recipe.dataset}, {len(self.valid)} persons, boxes gt, "
-                            f"input {self.size[0]}x{self.size[1]}, last epoch, {flip}", self.truth)
-        data.write_png(self.out / "curve.png", draw_curve(self.history))
-        data.write_png(self.out / "predictions.png", draw_predictions(
-            PoseDataset(self.valid, self.size, self.skeleton), results[-1][0], self.skeleton))
-        print(f"wrote {self.out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
+        # PAPER SILENT: which epoch is scored. The last one; the best one would be picked by the
+        # very people that it is scored on.
+        for flip in (False, True):
+            keypoints, metrics = evaluate_people(flip)
+            evaluate.report(metrics, f"{recipe.dataset}, {plural(len(valid), 'person')}, boxes "
+                            f"annotated (gt),\ninput {size[0]}x{size[1]}, last epoch, "
+                            f"{'flip test with shift' if flip else 'no flip test'}", truth)
+        if rank == 0:
+            data.write_png(out / "curve.png", draw_curve(history, model))
+            data.write_png(out / "predictions.png", draw_predictions(
+                PoseDataset(valid, size, skeleton), keypoints, skeleton))
+            print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
+    except KeyboardInterrupt:
+        print(f"stopped after epoch {len(history)}; go on with: python train.py --resume auto "
+              f"--out {out}", flush=True)
+        os._exit(130)  # at once: loader processes and other GPUs end with us
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
 
 
-def initialise(model, path):
-    """Weights from a file into every layer whose shape fits. -> which did not, in words."""
-    tensors, own = find_weights(load_file(path), path), model.state_dict()
-    fitting = {name: tensor for name, tensor in tensors.items()
-               if name in own and own[name].shape == tensor.shape}
-    model.load_state_dict(fitting, strict=False)
-    fresh = [f"{name} {tuple(own[name].shape)}" for name in own if name not in fitting]
-    return (f"{len(fitting)} of {len(own)} tensors from {path}; "
-            + (f"{len(fresh)} start afresh: {', '.join(fresh[:12])}{', ...' * (len(fresh) > 12)}"
-               if fresh else "all fit"))
+def take_folder(out, content, fresh):
+    """Makes a new run's folder its own, or cleans that of a resumed one of halves of files."""
+    text = json.dumps(content, indent=1) + "\n"
+    if not fresh:
+        for part in out.glob(".*.part"):  # of writes that were killed
+            part.unlink()
+        return data.write_file(out / "recipe.json", text)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "recipe.json", "x") as file:  # fails if another run was quicker
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"{out / 'recipe.json'} can't be made ({error.strerror}); if another run "
+                         "has just started there, choose another --out") from error
 
 
-def log_table(history):
-    """The history as CSV text, a row for each epoch."""
-    buffer = io.StringIO()
-    rows = [{"epoch": row["epoch"], "lr": row["lr"], "loss": row["loss"],
+# ---------------------------------------------------------------------------- log and drawings
+
+def log_rows(history):
+    """The history as rows of log.csv."""
+    return [{"epoch": row["epoch"], "lr": row["lr"], "loss": row["loss"],
              "gamma": " ".join(f"{gamma:.5f}" for gamma in row["gamma"]), **row["metrics"],
              "images_per_second": round(row["images_per_second"], 2),
-             "waiting": round(row["waiting"], 4), "seconds": round(row["seconds"], 1)}
+             "waiting": round(row["waiting"], 4), "seconds": round(row["seconds"], 1),
+             "changed": " ".join(map(str, row["changed"].items()))}
             for row in history]
-    table = csv.DictWriter(buffer, rows[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    return buffer.getvalue()
 
 
-def draw_curve(history):
+def draw_curve(history, model):
     """Loss, score and gamma over the epochs: a Pillow picture with three panels."""
-    epochs = [row["epoch"] for row in history]
-    gammas = {f"module {number}": values for number, values
-              in enumerate(zip(*(row["gamma"] for row in history)), start=1)}
-    panels = [("loss", {"": [row["loss"] for row in history]}),
-              ("AP" if "AP" in history[0]["metrics"] else "PCKh@0.5",
-               {"": [percent(row["metrics"]) for row in history]}), ("gamma", gammas)]
-    return data.line_charts(epochs, [panel for panel in panels if panel[1]], "epoch")
+    panels = {"loss": {"": [row["loss"] for row in history]},
+              "AP" if "AP" in history[0]["metrics"] else "PCKh@0.5":
+              {"": [percent(row["metrics"]) for row in history]}}
+    stages = [number for number, stage in enumerate(model.stages, start=1)
+              if hasattr(stage.hourglass.neck, "non_local")]
+    if stages:
+        panels["gamma"] = {f"stage {number}": [row["gamma"][index] for row in history]
+                           for index, number in enumerate(stages)}
+    return data.line_charts([row["epoch"] for row in history], panels, "epoch")
 
 
-def draw_predictions(dataset, keypoints, skeleton, count=12):
+def draw_predictions(samples, keypoints, skeleton, count=12):
     """A sheet of validation crops with the joints (N,K,3) that were predicted."""
     sheet = []
-    for row in range(min(count, len(dataset))):
-        picture, people = Image.fromarray(dataset[row][1].numpy()), dataset.people
-        matrix = data.affine(people.center[row], people.scale[row], dataset.size)
+    people = samples.people
+    for row in range(min(count, len(samples))):
+        picture = Image.fromarray(samples[row][1].numpy())
+        picture = picture.resize((2 * picture.width, 2 * picture.height))
+        matrix = data.affine(people.center[row], people.scale[row], samples.size)
         points = data.transform(keypoints[row, :, :2], matrix)
-        enlarged = picture.resize((2 * picture.width, 2 * picture.height))
-        data.draw_pose(enlarged, np.column_stack([2 * points + 0.5, keypoints[row, :, 2]]),
+        data.draw_pose(picture, np.column_stack([2 * points + 0.5, keypoints[row, :, 2]]),
                        skeleton, threshold=0.2)
-        sheet.append(enlarged)
-    return data.grid(sheet, columns=min(6, len(sheet)))
+        sheet.append(picture)
+    return data.grid(sheet, columns=6)
 
 
-# ---------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------- flags
 
 def parse():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Recipes (the flags override them): " + json.dumps(RECIPES, indent=1))
-    data.add_data_arguments(parser, "synthetic, drawn on the fly", data.SIZES)
-    group = parser.add_argument_group("recipe (default: the data set's, below)")
-    group.add_argument("--variant", choices=VARIANTS, help="default: lapx")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data.add_data_arguments(parser, "synthetic, drawn on the fly",
+                            "256x256 for mpii, 256x192 for coco, 128x128 for synthetic")
+    group = parser.add_argument_group(
+        "recipe (kept by a run that is resumed, but for --lr and --precision)")
+
+    def add(flag, help, **how):
+        defaults = {name: default_recipe(name)[flag.replace("-", "_")] for name in RECIPES}
+        same = len(set(map(str, defaults.values()))) == 1
+        told = ", ".join(f"{value} for {name}" for name, value in defaults.items())
+        group.add_argument(f"--{flag}", help=f"{help} (default: "
+                           f"{defaults['mpii'] if same else told})".replace("%", "%%"), **how)
+
+    add("variant", "a row of Table 3", choices=VARIANTS, metavar="NAME")
     group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"),
                        help="default: train valid, or train2017 val2017 for coco")
-    group.add_argument("--epochs", type=data.number_from(1), help="another number than the "
-                       "recipe's scales its milestones and gamma schedule in proportion")
-    group.add_argument("--batch-size", type=data.number_from(1),
-                       help="in total, over all processes")
-    group.add_argument("--lr", type=float)
-    group.add_argument("--gamma-warmup", type=float, metavar="EPOCHS", help="gamma stays 0")
-    group.add_argument("--gamma-ramp", type=float, metavar="EPOCHS",
-                       help="gamma rises to its target")
-    group.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"],
-                       help="float32 is the paper's; auto (default) is bfloat16 where the device "
-                       "computes in it")
+    add("epochs", "another number scales the milestones of the learning rate and gamma's schedule",
+        type=data.number_from(1))
+    add("batch-size", "in total, over all processes", type=data.number_from(1))
+    add("lr", "Adam's learning rate", type=float)
+    add("gamma-warmup", "epochs with gamma 0", type=float, metavar="EPOCHS")
+    add("gamma-ramp", "epochs in which gamma rises", type=float, metavar="EPOCHS")
+    add("scale", "the box's size varies by this share", type=float)
+    add("rotation", "degrees at most, either way", type=float)
+    add("precision", "float32: TF32 is off; tf32: PyTorch's own setting; bfloat16: autocast; auto: "
+        "tf32 on CUDA, bfloat16 on CPUs that compute in it",
+        choices=["auto", "float32", "tf32", "bfloat16"])
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile: "
                        "minutes to start, then faster steps; CUDA graphs on a GPU")
-    group.add_argument("--seed", type=data.number_from(0), help="default: 0")
+    add("seed", "of everything random", type=data.number_from(0))
     group.add_argument("--overfit", type=data.number_from(1), metavar="N",
                        help="train on N pictures and score on the same: a check of a setup")
-    group.add_argument("--init", type=Path, metavar="FILE",
-                       help="start from these weights, wherever the shapes fit")
+    group.add_argument("--init", metavar="FILE", help="start from these weights (a file, or mpii, "
+                       "coco, coco-384x288), wherever the shapes fit")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATASET")
     group.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the "
                        "one in --out, if there is one")
     group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    group.add_argument("--workers", type=data.number_from(0), help="loader processes (default: "
-                       "what the CPU has to spare, at most 8 for each GPU)")
-    return parser.parse_args()
-
-
-RECIPE_FLAGS = ("data", "splits", "skeleton", "input", "variant", "batch_size", "lr",
-                "gamma_warmup", "gamma_ramp", "precision", "compile", "seed", "overfit", "init")
-
-
-def resolve(args):
-    """The flags -> the recipe (a Namespace of plain types), the run's folder, and the content of
-    the checkpoint to resume or None; what is not given comes from that checkpoint, else the
-    defaults. And what differs from there: {flag: the old value}."""
-    out, saved = args.out, None
-    if args.resume:
-        out = out or (Path("runs") / (args.dataset or "synthetic") if args.resume == "auto"
-                      else Path(args.resume).parent)
-        path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
-        if args.resume != "auto" or path.exists():
-            saved = load_file(path)
-            if args.init:
-                raise InputError("--init starts a run, --resume goes on with one: give one of them")
-            if not isinstance(saved, dict) or not {"recipe", "optimiser", "losses"} <= set(saved):
-                raise InputError(f"{path} is not a checkpoint to resume (that is a run's last.pt); "
-                                 "to start from its weights alone, give it as --init")
-    if saved:
-        recipe = argparse.Namespace(**saved["recipe"])
-        if args.dataset not in (None, recipe.dataset):
-            raise InputError(f"{path} was trained on {recipe.dataset}, not {args.dataset}; --init "
-                             "takes its weights into a new run")
-    else:
-        dataset = args.dataset or "synthetic"
-        info = DATASETS[dataset]
-        recipe = argparse.Namespace(
-            dataset=dataset, data=str(Path("data") / dataset), splits=[info.train, info.valid],
-            skeleton=info.skeleton, input=info.size, variant="lapx", **RECIPES[dataset],
-            precision="auto", compile=False, seed=0, overfit=0, init=None)
-    out = out or Path("runs") / recipe.dataset
-    if not args.resume and (out / "recipe.json").exists():
-        raise InputError(f"{out} holds a run already: --resume auto goes on with it, --out DIR "
-                         "starts another one elsewhere")
-    old = dict(vars(recipe))
-    if args.epochs is not None and args.epochs != recipe.epochs:
-        ratio, recipe.epochs = args.epochs / recipe.epochs, args.epochs
-        recipe.milestones = tuple(round(milestone * ratio, 3) for milestone in recipe.milestones)
-        recipe.gamma_warmup = round(recipe.gamma_warmup * ratio, 3)
-        recipe.gamma_ramp = round(recipe.gamma_ramp * ratio, 3)
-    for flag in RECIPE_FLAGS:
-        value = getattr(args, flag)
-        if value is not None:
-            setattr(recipe, flag, str(value) if isinstance(value, Path) else value)
-    if not (recipe.lr > 0 and recipe.gamma_warmup >= 0 and recipe.gamma_ramp >= 0):
-        raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp not below")
-    if recipe.precision == "auto":
-        recipe.precision = fast_precision(args.device)
-    if saved:
-        fixed = [key for key in ("skeleton", "variant") if old[key] != getattr(recipe, key)]
-        if fixed:
-            raise InputError(f"a run can't change its {' and '.join(fixed)} when it is resumed; "
-                             "--init takes the weights into a new run")
-    return recipe, out, saved, {key: value for key, value in old.items()
-                                if value != vars(recipe)[key]}
-
-
-def fast_precision(device):
-    """bfloat16 where the device computes in it (it trained to the same accuracy), else float32."""
-    if device == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu" and Path("/proc/cpuinfo").exists():
-        fast = re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", Path("/proc/cpuinfo").read_text())
-    else:
-        fast = False
-    return "bfloat16" if fast else "float32"
-
-
-def main():
-    args = parse()
-    args.device = evaluate.choose_device(args.device)
-    recipe, out, saved, changed = resolve(args)
+    group.add_argument("--workers", type=data.number_from(0, data.cpu_count()),
+                       help="loader processes (default: all CPUs but one for GPUs, else 1)")
+    args = parser.parse_args()
     if args.workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(8, max(0, cores // processes - 1)) if args.device == "cuda" else 1
-    run = Run(recipe, out, args.device, args.workers, saved)
-    if args.resume and not saved:
-        run.say(f"{out} has no last.pt: a new run")
-    if saved:
-        for key, value in changed.items():
-            run.say(f"the recipe changes: {key} was {value}, is now {vars(recipe)[key]}")
-    elif changed.get("epochs"):
-        run.say(f"{recipe.epochs} epochs, not {changed['epochs']}: milestones and gamma schedule "
-                "are scaled in proportion")
-    if run.epoch >= recipe.epochs and (out / "predictions.png").exists():
-        run.say(f"all {recipe.epochs} epochs are done: nothing to do")
-        return
-    facts = {"parameters": sum(p.numel() for p in run.model.parameters()),
-             "torch": torch.__version__,
-             "device": (torch.cuda.get_device_name(run.device) if args.device == "cuda"
-                        else args.device),
-             "processes": run.world, "batch per process": run.batches.batch_size // run.world,
-             "loader processes": args.workers}
-    for key, value in {**vars(recipe), **facts, "out": str(out)}.items():
-        run.say(f"  {key:18} {value}")
-    if run.rank == 0:
-        data.write_file(out / "recipe.json", json.dumps({**vars(recipe), **facts}, indent=1) + "\n")
-    try:
-        run.train()
-    except Stopped:
-        run.average_losses()
-        run.check_losses()
-        run.save()
-        run.say(f"stopped in epoch {run.epoch + 1} after step {run.step} of {run.batches.steps}; "
-                f"go on with: python train.py --resume {out / 'last.pt'}")
-        sys.exit(128 + run.stop.number)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        if run.stop.number:  # whoever sent the signal sent it to the loader's processes as well
-            sys.exit(f"stopped in epoch {run.epoch + 1}; go on with: python train.py --resume auto "
-                     f"--out {out}")
-        raise InputError(f"a loader process died ({str(error).splitlines()[0]}), often for want of "
-                         f"memory; go on with --resume auto --out {out} and fewer --workers"
-                         ) from None
-    finally:
-        if run.world > 1:
-            dist.destroy_process_group()
+        gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
+        args.workers = max(0, data.cpu_count() // processes - 1) if gpu else 1
+    return args
 
 
 if __name__ == "__main__":
