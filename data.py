@@ -223,7 +223,7 @@ def gaussian_targets(joints, visible, size, sigma):
 
     rows = profile(h, centers[..., 1])[..., :, None]  # (B,K,h,1)
     columns = profile(w, centers[..., 0])[..., None, :]  # (B,K,1,w)
-    return rows * columns * weights[..., None, None], weights
+    return rows * columns * (weights > 0.5)[..., None, None], weights
 
 
 # ---------------------------------------------------------------------------- people and readers
@@ -297,7 +297,8 @@ def read_columns(path, name, entries, shapes, missing={}, lowest={}):
             where.entry = field
             column = np.array(values, np.float64).reshape(len(values), *shape)
             low = lowest.get(field, -1e10)
-            bad = ~((column >= low) & (column <= 1e10)).reshape(len(values), -1).all(1)
+            good = (column >= low) & (column <= 1e10)  # NaN is neither
+            bad = ~good.reshape(len(values), math.prod(shape)).all(1)
             if bad.any():
                 where.entry = f"{name} {bad.argmax()}, counted from 0; {bad.sum()} such"
                 raise ValueError(f"{field} is {column[bad.argmax()].tolist()}, not from {low:g} on")
@@ -477,7 +478,7 @@ def read_detections(path, by_id, by_name, category=1):
 
 
 def read_boxes(path, root, split, size, num_joints):
-    """Detected boxes in COCO's pictures of a split -> People without joints, in the boxes' order."""
+    """Detected boxes in COCO's pictures of a split -> People without joints, in that order."""
     file = read_coco_file(coco_path(root, split), num_joints)
     by_id = {int(image_id): row for row, image_id in enumerate(file.images["id"])}
     by_name = {name: row for row, name in enumerate(file.file_name)}
@@ -929,7 +930,7 @@ def computing(batch_size, size):
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         task = f"batches of {batch_size} at {size[0]}x{size[1]}"
-        if "DataLoader worker" in text and "exited unexpectedly" in text:
+        if "DataLoader worker" in text:
             raise InputError("a loader process died, often for want of memory; try again with "
                              "fewer --workers (train.py: --resume auto goes on)") from error
         if isinstance(error, MemoryError) or re_memory(text):

@@ -383,9 +383,9 @@ class Network:
         heatmaps = [stage.float() for stage in self.forward(self.prepare(crops))]
         wanted = (len(self.skeleton.joints), *heatmap_size(*self.size))
         if heatmaps[-1].shape[1:] != wanted:
-            raise InputError(f"{self.path} gives heatmaps of the shape {tuple(heatmaps[-1].shape)}, "
-                             f"not (B, {', '.join(map(str, wanted))}); choose --skeleton and "
-                             "--input accordingly")
+            raise InputError(f"{self.path} gives heatmaps {tuple(heatmaps[-1].shape[1:])}, not "
+                             f"{wanted} (joints, height, width); choose --skeleton and --input "
+                             "accordingly")
         return heatmaps
 
     def __call__(self, crops):
@@ -435,7 +435,7 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
 
 def guess_info(config, path, given, size, skeleton):
     """The info of weights alone, such as the authors': from the number of joints and, as in
-    LAPX_MPII_256_256.tar, from the file's name. None if the joints are neither MPII's nor COCO's."""
+    LAPX_MPII_256_256.tar, from the file's name. None for joints other than MPII's and COCO's."""
     dataset = {16: "mpii", 17: "coco"}.get(config.num_joints)
     if dataset is None:
         return None
@@ -494,15 +494,15 @@ def session_forward(session, path):
     outputs = [output.name for output in session.get_outputs() if len(output.shape) == 4]
     if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4
             or inputs[0].shape[1] not in (3, "c", "C", None) or not outputs):
-        raise InputError(f"{path} must take float32 images (B, 3, H, W) and give heatmaps; it takes "
-                         f"{[(item.type, item.shape) for item in inputs]}")
+        raise InputError(f"{path} must take float32 images (B, 3, H, W) and give heatmaps; it "
+                         f"takes {[(item.type, item.shape) for item in inputs]}")
     fixed = inputs[0].shape[0]
 
     def forward(images):
         batch = fixed if isinstance(fixed, int) else len(images)
         missing = np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)
         filled = np.concatenate([images.numpy(), missing])
-        with reading(path, f"a network for images of the shape {tuple(images.shape)} (see --input)"):
+        with reading(path, f"a network for images {tuple(images.shape)}, see --input"):
             runs = [session.run(outputs, {inputs[0].name: filled[start:start + batch]})
                     for start in range(0, len(filled), batch)]
         return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
@@ -519,7 +519,7 @@ class MPIITruth:
     joints: np.ndarray  # (N,16,2) pixels of the pictures, counted from 1
     annotated: np.ndarray  # (N,16) bool
     head_sizes: np.ndarray  # (N,) pixels
-    source: str  # where the head sizes are from
+    source: str  # what the head sizes are
 
 
 def mpii_truth(people, root, split):
@@ -539,10 +539,10 @@ def mpii_truth(people, root, split):
                 raise InputError(f"{path}: the head box of person {np.argmin(sizes > 0)} (from 0) "
                                  "is empty; fetch the file again, or leave it out")
             return MPIITruth(mat["pos_gt_src"].transpose(2, 0, 1), mat["jnt_missing"].T == 0, sizes,
-                             path.name)
+                             f"0.6 * head box diagonal in {path.name}")
     padded = people.center[:, 0] != -2  # -1 in the JSON: no box, so neither moved nor padded
     sizes = 25 * people.scale / np.where(padded, PADDING, 1)
-    return MPIITruth(people.joints + 1.0, people.visible, sizes, "25 * scale in the JSON")
+    return MPIITruth(people.joints + 1.0, people.visible, sizes, "25 * scale of the JSON")
 
 
 def read_mat(path, shapes):
@@ -594,14 +594,16 @@ def report(metrics, what, truth):
     """Prints a result: what was scored and how, the columns, the numbers."""
     print(what)
     if isinstance(truth, MPIITruth):
-        print(f"PCKh@0.5: distance <= half a head size (0.6 * head box diagonal, from "
-              f"{truth.source});\nMean over 14 joints, without pelvis and thorax")
+        print(f"PCKh@0.5: distance <= half a head size, {truth.source};\n"
+              "Mean over 14 joints, without pelvis and thorax")
     else:
         print(f"OKS average precision in percent, {MAX_DETECTIONS} detections a picture")
-    factor, width = (100, 7) if "AP" in metrics else (1, 8)
+    width = 7 if "AP" in metrics else 8
+    factor = 100 if "AP" in metrics else 1
     print(" ".join(f"{name:>{width}}" for name in metrics))
-    print(" ".join(f"{'-' if np.isnan(value) else -1 if value < 0 else f'{value * factor:.2f}':>{width}}"
-                   for value in metrics.values()), flush=True)
+    numbers = ["-" if np.isnan(value) else "-1" if value < 0 else f"{factor * value:.2f}"
+               for value in metrics.values()]
+    print(" ".join(f"{number:>{width}}" for number in numbers), flush=True)
 
 
 def write_metrics(path, metrics):
@@ -647,8 +649,8 @@ def evaluate_dataset(args):
     root = args.data or Path("data") / dataset
     unscored = dataset == "coco" and data.coco_path(root, split).name.startswith("image_info")
     if unscored and args.boxes == "gt":
-        raise InputError(f"{dataset} {split} has no annotated persons; give a detector's boxes with "
-                         "--boxes FILE.json")
+        raise InputError(f"{dataset} {split} has no annotated persons; give a detector's boxes "
+                         "with --boxes FILE.json")
     people = data.load_people(dataset, root, split, network.size, network.skeleton, args.boxes)
     truth = None
     if not unscored and (dataset == "coco" or people.visible.any()):
@@ -684,8 +686,8 @@ def evaluate_results(args):
         split = args.split or "valid"
         root = args.data or Path("data") / dataset
         if dataset == "coco" or args.annotations or args.skeleton:
-            raise InputError(f"{path}: a .mat file has MPII's joints; --annotations, --skeleton and "
-                             "coco mean nothing with it")
+            raise InputError(f"{path}: a .mat file has MPII's joints; --annotations, --skeleton "
+                             "and coco mean nothing with it")
         people = DATASETS[dataset].read(root, split)
         predictions = read_mat(path, {"preds": (len(people), 16, 2)})["preds"]
         truth = mpii_truth(people, root, split)
@@ -693,8 +695,8 @@ def evaluate_results(args):
         report(metrics, f"{path}: {dataset} {split}, {plural(len(people), 'person')}", truth)
     else:
         if not args.annotations or args.data or args.split or args.dataset not in (None, "coco"):
-            raise InputError("COCO results are scored against --annotations FILE, and by that alone "
-                             "(no --dataset, --data or --split)")
+            raise InputError("COCO results are scored against --annotations FILE, and by that "
+                             "alone (no --dataset, --data or --split)")
         skeleton = SKELETONS[args.skeleton or "coco"]
         truth = data.read_coco_file(args.annotations, len(skeleton.joints))
         if not truth.persons["num_keypoints"].any():

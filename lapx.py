@@ -486,7 +486,8 @@ def reading(path, wanted):
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file") from error
     except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror or error}") from error
+        raise InputError(f"{path} can't be read ({error.strerror or error}); it must be {wanted}"
+                         ) from error
     except Exception as error:  # a damaged file can make a parser raise anything
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         reason = " ".join(reason.split())[:200] or type(error).__name__
@@ -757,7 +758,7 @@ def load_fitting(model, weights):
     own = model.state_dict()
     fitting = {name: tensor for name, tensor in tensors.items()
                if name in own and own[name].shape == tensor.shape}
-    if not any(tensor.ndim == 4 for tensor in fitting.values()):
+    if not any("pointwise" in name for name in fitting):  # attention fits any width
         raise InputError(f"{path} has no layer of the shape of one of this network; choose the "
                          "variant that it was trained as")
     model.load_state_dict(fitting, strict=False)

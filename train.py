@@ -238,7 +238,7 @@ def fast_precision(device):
 
 def resume(args, out):
     """The run to go on with: its recipe and data folder, its checkpoint's content or None, what the
-    flags change in the recipe; all None under --resume auto where there is no run yet."""
+    flags change in the recipe. None and none under --resume auto where there is no run yet."""
     path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
     saved = None
     if args.resume != "auto" or path.exists():
@@ -247,7 +247,7 @@ def resume(args, out):
     else:
         path = out / "recipe.json"
         if not path.exists():
-            return None, None, None, None
+            return None, None, None, {}
         kind = "a recipe.json of train.py"
     with reading(path, kind) as where:
         content = saved or data.read_json(path)
@@ -331,8 +331,8 @@ def main():
         raise InputError("--data means nothing with synthetic people, who have no files")
     if not (recipe.lr > 0 and recipe.gamma_warmup >= 0 and recipe.gamma_ramp >= 0
             and 0 <= recipe.scale < 1 and 0 <= recipe.rotation <= 180):
-        raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp at least 0, --scale "
-                         "from 0 to below 1, --rotation from 0 to 180")
+        raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp at least 0, "
+                         "--scale from 0 to below 1, --rotation from 0 to 180")
 
     # processes
     device = torch.device(args.device)
@@ -344,7 +344,7 @@ def main():
 
     # data
     skeleton = SKELETONS[recipe.skeleton]
-    recipe.input = size = tuple(recipe.input)
+    size = tuple(recipe.input)
     augmentation = Augmentation(recipe.scale, recipe.rotation)
     people = data.load_people(recipe.dataset, root, recipe.splits[0], size, skeleton,
                               quiet=rank > 0)
