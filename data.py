@@ -773,51 +773,32 @@ def titled(picture, lines):
     return sheet
 
 
-def ticks(low, high, most=6):
-    """Round numbers from low to high, at most so many."""
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
-    return [step * number for number in range(math.ceil(low / step - 1e-9),
-                                              math.floor(high / step + 1e-9) + 1)]
-
-
 class Axes:
-    """A pair of axes with round ticks in a box (left, top, right, bottom) of a picture.
+    """A pair of axes in a box (left, top, right, bottom) of a picture, with six ticks each.
 
     axes(x, y) -> the position in the picture's pixels. xs, ys: the values to make room for.
     """
 
-    def __init__(self, draw, box, xs, ys, xlabel, ylabel, margin=0.05):
+    def __init__(self, draw, box, xs, ys, xlabel, ylabel):
         self.box = box
-        self.x_range = self.room(xs, margin)
-        self.y_range = self.room(ys, margin)
+        self.low = np.array([min(xs), min(ys)], float)
+        self.high = np.array([max(xs), max(ys)], float)
+        self.high += np.where(self.high > self.low, 0, 1)
         left, top, right, bottom = box
-        for value in ticks(*self.x_range):
-            x, _ = self(value, 0)
+        for value in np.linspace(self.low, self.high, 6):
+            x, y = self(*value)
             draw.line((x, top, x, bottom), (225, 225, 225))
-            draw.text((x, bottom + 4), f"{value:g}", (0, 0, 0), font(size=12), "ma")
-        for value in ticks(*self.y_range):
-            _, y = self(0, value)
             draw.line((left, y, right, y), (225, 225, 225))
-            draw.text((left - 6, y), f"{value:g}", (0, 0, 0), font(size=12), "rm")
+            draw.text((x, bottom + 4), f"{value[0]:.3g}", (0, 0, 0), font(size=12), "ma")
+            draw.text((left - 6, y), f"{value[1]:.3g}", (0, 0, 0), font(size=12), "rm")
         draw.rectangle(box, outline=(0, 0, 0))
         draw.text(((left + right) / 2, bottom + 22), xlabel, (0, 0, 0), font(size=14), "ma")
         draw.text((left, top - 6), ylabel, (0, 0, 0), font(size=14), "ls")
 
-    @staticmethod
-    def room(values, margin):
-        """The range of an axis: that of the values, and some room."""
-        low = min(values)
-        high = max(values)
-        room = (high - low) * margin if high > low else abs(high) * 0.1 or 1
-        return low - room, high + room
-
     def __call__(self, x, y):
         left, top, right, bottom = self.box
-        x0, x1 = self.x_range
-        y0, y1 = self.y_range
-        return (left + (x - x0) / (x1 - x0) * (right - left),
-                bottom - (y - y0) / (y1 - y0) * (bottom - top))
+        across, up = (np.array([x, y]) - self.low) / (self.high - self.low)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
 
 def line_charts(xs, panels, xlabel):
@@ -924,27 +905,21 @@ def cpu_count():
 
 @contextlib.contextmanager
 def computing(batch_size, size):
-    """Around a network's work: faults of memory, loader processes and batches become a sentence."""
+    """Around a network's work: faults of memory and of the batch's size become a sentence."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         task = f"batches of {batch_size} at {size[0]}x{size[1]}"
-        if "DataLoader worker" in text:
-            raise InputError("a loader process died, often for want of memory; try again with "
-                             "fewer --workers (train.py: --resume auto goes on)") from error
-        if isinstance(error, MemoryError) or re_memory(text):
-            raise InputError(f"the memory does not suffice for {task}; choose a smaller "
-                             "--batch-size or --input") from error
-        if "Expected more than 1 value per channel" in text:
-            raise InputError(f"BatchNorm can't train on {task}: the smallest map is a single "
-                             "value; choose a larger --batch-size or --input") from error
-        raise
-
-
-def re_memory(text):
-    """Whether a RuntimeError's text is about memory; torch has no class for it on CPUs."""
-    return any(words in text for words in ("out of memory", "can't allocate memory", "bad_alloc"))
+        full = f"the memory does not suffice for {task}; choose a smaller --batch-size or --input"
+        sentences = {  # torch has no class for most of these
+            "out of memory": full, "can't allocate memory": full, "bad_alloc": full,
+            "more than 1 value per channel": f"BatchNorm can't train on {task}: a channel has a "
+                                             "single value; choose a larger --batch-size"}
+        for words, sentence in sentences.items():
+            if words in text:
+                raise InputError(sentence) from error
+        raise InputError(full) if isinstance(error, MemoryError) else error
 
 
 def run(main):
@@ -955,6 +930,11 @@ def run(main):
         sys.stdout.flush()
     except InputError as error:  # from a loader process it comes wrapped in a traceback
         sys.exit(f"error: {str(error).split('InputError: ')[-1].strip()}")
+    except RuntimeError as error:  # torch raises it wherever the main process is
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a loader process died, often for want of memory; try again with fewer "
+                 "--workers (train.py goes on with --resume auto)")
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, head or less, has left

@@ -118,8 +118,7 @@ SKELETONS = {
 class ECA(nn.Module):
     """Efficient channel attention: every channel is scaled by what its neighbours say.
 
-    PAPER §3.3: the average plus the maximum over the pixels, a kernel of 7 channels.
-    (B,C,h,w) -> same, for any C.
+    PAPER §3.3: average plus maximum over the pixels, a kernel of 7 channels. (B,C,h,w) -> same.
     """
 
     def __init__(self, channels=None):
@@ -157,9 +156,9 @@ class ECACBAM(nn.Module):
 
 
 class CBAM(nn.Module):
-    """CBAM as LAP has it: channels are scaled by a small MLP, then pixels. PAPER Table 3, row 5.
+    """CBAM as LAP has it: channels are scaled by a small MLP, then pixels. (B,C,h,w) -> same.
 
-    (B,C,h,w) -> same.
+    PAPER Table 3, row 5.
     """
 
     def __init__(self, channels, reduction=16):
@@ -209,10 +208,7 @@ class NonLocal(nn.Module):
 
 
 class ECANonLocal(nn.Module):
-    """ECA-NonLocal: channels are scaled by ECA, then global context is added. PAPER §3.3.
-
-    (B,C,h,w) -> same.
-    """
+    """ECA, then global context. PAPER §3.3. (B,C,h,w) -> same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -295,10 +291,7 @@ class Level(nn.Module):
 
 
 class Hourglass(nn.Module):
-    """Down four times, up four times, a skip at each resolution: (B,C,h,w) -> same. PAPER Figure 1.
-
-    (Newell et al. 2016.)
-    """
+    """Down four times, up four times, a skip at each size: (B,C,h,w) -> same. PAPER Figure 1."""
 
     def __init__(self, config, neck_attention, depth=4):
         super().__init__()
@@ -476,7 +469,7 @@ def reading(path, wanted):
     """Around the reading of somebody's file: whatever goes wrong becomes one sentence.
 
     The InputError names the file, what it must be (`wanted`) and the entry that the code inside was
-    at (it says so by `where.entry = ...`, `where` being what this context manager gives).
+    at (by `where.entry = ...`, `where` being what this context manager gives).
     """
     where = SimpleNamespace(entry="")
     try:
@@ -554,7 +547,7 @@ def load_file(path):
     Nothing else is ever unpickled, since that can run any code: other things are replaced by Inert.
     InputError if the file is missing, damaged or holds something dangerous.
     """
-    with reading(path, "a file that torch.save wrote, the whole of it"):
+    with reading(path, "a file of tensors that torch.save wrote, the whole of it"):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # there is more in it
@@ -564,12 +557,12 @@ def load_file(path):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise InputError(f"{path} holds {', '.join(foreign)}, which could run any code and is "
-                             f"not loaded; {SAVE_TENSORS}") from error
+                             f"not loaded; {SAVE}") from error
 
 
-SAVE_TENSORS = ("where you trust the file, save its tensors alone: content = torch.load(FILE, "
-                "weights_only=False); torch.save(content['state_dict'], 'weights.pt'), or "
-                "content.state_dict() if it is a whole model")
+SAVE = ("of a file that you trust, save the tensors alone: content = torch.load(FILE, "
+        "weights_only=False); torch.save(content['state_dict'], 'weights.pt'), or "
+        "content.state_dict() if it is a whole model")
 
 # The authors' tensor names and ours, applied from top to bottom. Theirs count the levels of an
 # hourglass from the deepest, as ours do: hg.S.hg.D.B.0 is stage S, level D, block B.
@@ -640,8 +633,7 @@ def find_weights(content, path):
                 break
     else:
         raise InputError(f"{path} holds no weights of a LAPX network: no tensor is named "
-                         "stages.0.head.weight (score.0.weight in the authors' naming); "
-                         f"{SAVE_TENSORS}")
+                         f"stages.0.head.weight (score.0.weight in the authors' naming); {SAVE}")
     extra = [name for name in tensors if re.search(r"(^|\.)total_(ops|params)$", name)]
     for name in extra:
         del tensors[name]
@@ -708,11 +700,10 @@ def from_checkpoint(content, path):
             config = replace(config, gamma_target=float(own["gamma_target"]))
         with torch.device("meta"):  # shapes alone, no memory
             expected = LAPX(config).state_dict()
-    problems = [f"missing {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    problems += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(tensor.shape)}"
-                 for name, tensor in expected.items()
-                 if name in tensors and tensors[name].shape != tensor.shape]
+    there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    problems = [f"{name} is {there.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
+                for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
     if problems:
         shown = "\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
         raise InputError(f"{path} does not fit {variant_name(config)} with {config.num_joints} "
@@ -723,13 +714,11 @@ def from_checkpoint(content, path):
 
 
 def lapx(num_joints=None, variant=None, weights=None):
-    """A LAPX with fresh weights, or with those of a file.
+    """A LAPX with fresh weights (default: 16 joints, variant "lapx"), or with those of a file.
 
-    num_joints (default 16) and variant (a name in VARIANTS, default "lapx") of a fresh network.
     weights: a checkpoint of train.py, a plain state_dict, one of the authors' files, or a name in
-    WEIGHTS. The file says how many joints and which variant it has; where num_joints or variant
-    contradicts it, and where it is damaged, unsafe or does not fit, there is an InputError. To
-    start other joints from a file's weights, use load_fitting.
+    WEIGHTS. The file says how many joints and which variant it has. InputError where num_joints or
+    variant contradicts it (see load_fitting), where it is damaged, unsafe or does not fit.
     """
     if variant not in (None, *VARIANTS):
         raise InputError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
