@@ -65,25 +65,12 @@ def transform(points, matrix):
     return np.einsum("...kj,...ij->...ki", points, matrix[..., :2]) + matrix[..., None, :, 2]
 
 
-def box_to_center_scale(boxes, size):
-    """Boxes (N,4) as x, y, width, height -> centers (N,2), scales (N,).
-
-    A box is widened to the shape of the crop, size (height, width), then padded.
-    """
-    height, width = size
-    widths = np.maximum(boxes[:, 2], boxes[:, 3] * width / height)
-    return boxes[:, :2] + boxes[:, 2:] / 2, widths / 200 * PADDING
-
-
-PADDING = 1.25  # the boxes of both data sets are enlarged by this
-
-
 def crop(picture, matrix, size):
     """The crop (height, width) of a Pillow picture: (H,W,3) uint8. Bilinear, black outside.
 
     matrix: from the picture to the crop. The published numbers used OpenCV's warpAffine. It rounds
     where Pillow truncates (half a grey level), and blends into the black outside. So that Pillow
-    blends, too, it is given the part of the picture that is needed with a black ring around it.
+    blends, too, it gets the part of the picture that is needed with a black ring around it.
     """
     height, width = size
     inverse = invert(matrix)
@@ -117,8 +104,7 @@ class Augmentation:
         # every sample: 23 degrees rms. By a factor of 40 SimpleBaseline's code would mean a normal
         # one of sigma 40, cut at 80, for 60 % of the samples: 30 degrees rms.
         degrees = rng.uniform(-self.rotation, self.rotation)
-        # PAPER SILENT: share of mirrored samples. Half of them.
-        flip = rng.random() < 0.5
+        flip = rng.random() < 0.5  # PAPER SILENT: share of mirrored samples. Half of them.
         # PAPER SILENT: other augmentation. None: no half bodies (HRNet's for COCO), no shift.
         return factor, degrees, flip
 
@@ -264,6 +250,19 @@ class People:
         if self.seed is not None:
             return synthetic_person(self.seed, int(self.image_id[row]))[1]
         return open_picture(self.folder / os.fsdecode(self.files[row]))
+
+
+PADDING = 1.25  # the boxes of both data sets are enlarged by this
+
+
+def box_to_center_scale(boxes, size):
+    """Boxes (N,4) as x, y, width, height -> centers (N,2), scales (N,).
+
+    A box is widened to the shape of the crop, size (height, width), then padded.
+    """
+    height, width = size
+    widths = np.maximum(boxes[:, 2], boxes[:, 3] * width / height)
+    return boxes[:, :2] + boxes[:, 2:] / 2, widths / 200 * PADDING
 
 
 def people_in_boxes(boxes, scores, size, num_joints, **others):
@@ -773,8 +772,15 @@ def titled(picture, lines):
     return sheet
 
 
+def ticks(low, high):
+    """Round numbers from low to high, six at most."""
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step *= next(factor for factor in (0.2, 0.5, 1, 2) if (high - low) / (step * factor) <= 5)
+    return step * np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+
+
 class Axes:
-    """A pair of axes in a box (left, top, right, bottom) of a picture, with six ticks each.
+    """A pair of axes in a box (left, top, right, bottom) of a picture, with round ticks.
 
     axes(x, y) -> the position in the picture's pixels. xs, ys: the values to make room for.
     """
@@ -785,12 +791,14 @@ class Axes:
         self.high = np.array([max(xs), max(ys)], float)
         self.high += np.where(self.high > self.low, 0, 1)
         left, top, right, bottom = box
-        for value in np.linspace(self.low, self.high, 6):
-            x, y = self(*value)
+        for value in ticks(self.low[0], self.high[0]):
+            x, _ = self(value, 0)
             draw.line((x, top, x, bottom), (225, 225, 225))
+            draw.text((x, bottom + 4), f"{value:.4g}", (0, 0, 0), font(size=12), "ma")
+        for value in ticks(self.low[1], self.high[1]):
+            _, y = self(0, value)
             draw.line((left, y, right, y), (225, 225, 225))
-            draw.text((x, bottom + 4), f"{value[0]:.3g}", (0, 0, 0), font(size=12), "ma")
-            draw.text((left - 6, y), f"{value[1]:.3g}", (0, 0, 0), font(size=12), "rm")
+            draw.text((left - 6, y), f"{value:.4g}", (0, 0, 0), font(size=12), "rm")
         draw.rectangle(box, outline=(0, 0, 0))
         draw.text(((left + right) / 2, bottom + 22), xlabel, (0, 0, 0), font(size=14), "ma")
         draw.text((left, top - 6), ylabel, (0, 0, 0), font(size=14), "ls")

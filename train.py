@@ -96,7 +96,7 @@ def heatmap_loss(outputs, targets, weights):
 
     outputs: S heatmaps (B,K,h,w); targets (B,K,h,w); weights (B,K), 0 for joints to leave out.
     """
-    # PAPER SILENT: norm in eq. 4.1. We sum squared distances over the pixels of a map.
+    # PAPER SILENT: norm in the loss. We sum squared differences over the pixels of a map.
     loss = 0
     for heatmaps in outputs:
         squared = ((heatmaps.float() - targets) ** 2).sum((2, 3))  # (B,K)
@@ -176,6 +176,8 @@ def train_epoch(net, model, optimiser, loader, epoch, recipe, device, progress=N
             waited / seconds)
 
 
+# ---------------------------------------------------------------------------- recipe and checkpoint
+
 def check_losses(losses, epoch, optimiser):
     """InputError at the epoch's first loss that is not finite, before anything is saved."""
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
@@ -185,8 +187,6 @@ def check_losses(losses, epoch, optimiser):
             f"learning rate {optimiser.param_groups[0]['lr']:g}; last.pt, if there is one, is from "
             "before: --resume auto with a lower --lr, or with --precision float32")
 
-
-# ---------------------------------------------------------------------------- recipe and checkpoint
 
 CHANGEABLE = ("lr", "precision")  # of a run that is resumed: the cures for a loss that diverges
 
@@ -258,11 +258,11 @@ def resume(args, out):
             number = isinstance(value, (int, float)) and isinstance(recipe[name], (int, float))
             if not number and type(recipe[name]) is not type(value):
                 raise TypeError(f"{name} is {recipe[name]!r}")
+        where.entry = "data"
+        root = os.fspath(content["data"])
         if saved:
             where.entry = "history"
             log_rows(saved["history"])
-            where.entry = "optimiser"
-            saved["optimiser"]["state"].items()
     given = {name: value for name, value in given_flags(args, model).items()
              if value != recipe[name]}
     for name in given:
@@ -270,7 +270,7 @@ def resume(args, out):
             raise InputError(f"{path} is a run with {name.replace('_', '-')} {recipe[name]}; a run "
                              f"that is resumed keeps its recipe, but for --lr and --precision: "
                              "leave the flag out, or start another run (--init takes the weights)")
-    return recipe | given, content["data"], saved, {
+    return recipe | given, root, saved, {
         name: f"{recipe[name]} -> {value}" for name, value in given.items()}
 
 
