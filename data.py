@@ -42,8 +42,9 @@ def affine(center, scale, size, rotation=0.0, flip=False):
 
     center, scale: the box. size: (height, width) of the crop. rotation: degrees; positive turns the
     box clockwise, so the person in the crop counter-clockwise. flip: mirrored left to right. The
-    box's center comes to (width/2, height/2) and its width fills the crop's width; the same factor
-    holds for y (SimpleBaseline's protocol: the box's height is never looked at).
+    box's center comes to (width/2, height/2), half a pixel right of and below the crop's middle,
+    and its width fills the crop's width; the same factor holds for y (SimpleBaseline's protocol:
+    the box's height is never looked at).
     """
     height, width = size
     cos = math.cos(math.radians(rotation))
@@ -68,9 +69,9 @@ def transform(points, matrix):
 def crop(picture, matrix, size):
     """The crop (height, width) of a Pillow picture: (H,W,3) uint8. Bilinear, black outside.
 
-    matrix: from the picture to the crop. The published numbers used OpenCV's warpAffine. It rounds
-    where Pillow truncates (half a grey level), and blends into the black outside. So that Pillow
-    blends, too, it gets the part of the picture that is needed with a black ring around it.
+    matrix: from the picture to the crop. The published numbers used OpenCV's warpAffine. OpenCV
+    rounds grey levels, Pillow truncates. OpenCV blends the picture's edge into the black outside;
+    Pillow does so only if the black is in the picture, so it gets a black ring of one pixel.
     """
     height, width = size
     inverse = invert(matrix)
@@ -101,8 +102,8 @@ class Augmentation:
         # with its 0.25 for MPII and 0.30 for COCO.
         factor = 1 + self.scale * np.clip(rng.standard_normal(), -1, 1)
         # PAPER SILENT: distribution of the rotation. Uniform within the paper's 40 degrees, for
-        # every sample: 23 degrees rms. By a factor of 40 SimpleBaseline's code would mean a normal
-        # one of sigma 40, cut at 80, for 60 % of the samples: 30 degrees rms.
+        # every sample: 23 degrees rms. SimpleBaseline's code with a factor of 40: normal, sigma 40,
+        # cut at 80, in 60 % of the samples: 30 degrees rms.
         degrees = rng.uniform(-self.rotation, self.rotation)
         flip = rng.random() < 0.5  # PAPER SILENT: share of mirrored samples. Half of them.
         # PAPER SILENT: other augmentation. None: no half bodies (HRNet's for COCO), no shift.
@@ -118,7 +119,8 @@ def flip_order(skeleton):
 
 
 class PoseDataset(torch.utils.data.Dataset):
-    """Crops of People (below). dataset[row], or dataset[epoch, row], which decides how it varies.
+    """Crops of People (below). dataset[epoch, row] varies with the seed, epoch and row alone;
+    dataset[row] is epoch 0.
 
     -> row, crop (H,W,3) uint8, joints (K,2) float32 in pixels of the crop, visible (K,) float32.
     """
@@ -140,7 +142,7 @@ class PoseDataset(torch.utils.data.Dataset):
         degrees = 0.0
         flip = False
         if self.augmentation:
-            rng = np.random.default_rng((self.seed, epoch, row))
+            rng = np.random.default_rng((self.seed, epoch, row, 1))  # 1: not the shuffle's
             factor, degrees, flip = self.augmentation.draw(rng)
             scale = scale * factor
         matrix = affine(people.center[row], scale, self.size, degrees, flip)
@@ -300,24 +302,24 @@ def read_columns(path, name, entries, shapes, missing={}, lowest={}):
             bad = ~good.reshape(len(values), math.prod(shape)).all(1)
             if bad.any():
                 where.entry = f"{name} {bad.argmax()}, counted from 0; {bad.sum()} such"
-                raise ValueError(f"{field} is {column[bad.argmax()].tolist()}, not from {low:g} on")
+                raise ValueError(f"{field} is {column[bad.argmax()].tolist()}, not from {low:g} to "
+                                 "1e10")
             columns[field] = column
     return columns
 
 
-def mpii_json(split):
-    """MPII's file of a split below the data folder, as HRNet names it, then as mmpose does."""
-    return [f"annot/{split}.json", f"annotations/mpii_{split.replace('valid', 'val')}.json"]
-
-
-def mpii_mat(split):
-    """The file with the head boxes, likewise."""
-    return [f"annot/gt_{split}.mat", f"annotations/mpii_gt_{split.replace('valid', 'val')}.mat"]
+def mpii_files(split, kind):
+    """MPII's file of a split below the data folder, as HRNet names it, then as mmpose does: the
+    persons (kind "json") or the head boxes ("mat")."""
+    other = split.replace("valid", "val")
+    if kind == "json":
+        return [f"annot/{split}.json", f"annotations/mpii_{other}.json"]
+    return [f"annot/gt_{split}.mat", f"annotations/mpii_gt_{other}.mat"]
 
 
 def read_mpii(root, split, size=None, skeleton=SKELETONS["mpii"]):
     """The People of MPII's annot/{split}.json. Splits: train, valid, trainval, test (no joints)."""
-    path = find_file(root, mpii_json(split), "mpii", split)
+    path = find_file(root, mpii_files(split, "json"), "mpii", split)
     return mpii_people(read_json(path), path, Path(root) / "images")
 
 
@@ -384,7 +386,8 @@ def coco_file(content, path, num_joints):
                 raise ValueError(f"{len(item['keypoints'])} numbers as keypoints, not {3 * K}; "
                                  "joints of one's own are named with --skeleton")
     images = read_columns(path, "picture", content["images"], {"id": (), "width": (), "height": ()},
-                          missing={"width": 1, "height": 1}, lowest={"width": 1, "height": 1})
+                          missing={"width": 1e10, "height": 1e10},  # then no box is clipped
+                          lowest={"width": 1, "height": 1})
     persons = read_columns(path, "person", found, {
         "id": (), "image_id": (), "bbox": (4,), "area": (), "iscrowd": (), "num_keypoints": (),
         "keypoints": (3 * K,)}, missing={"iscrowd": 0, "num_keypoints": -1})
@@ -490,11 +493,11 @@ def read_boxes(path, root, split, size, num_joints):
         image_id=file.images["id"][rows].astype(np.int64), category=file.category)
 
 
-def load_people(dataset, root, split, size, skeleton, boxes="gt", quiet=False):
+def load_people(dataset, root, split, size, skeleton, boxes="gt"):
     """The People of a split, or of a detector's boxes in it (a file; COCO only).
 
-    Unless quiet, they are told on the screen, and every picture is looked at: InputError if one is
-    missing or has no readable header, before any work starts.
+    Their number is printed, and every picture is looked at: InputError if one is missing or has no
+    readable header, before any work starts.
     """
     if dataset == "coco" and len(skeleton.sigmas) != len(skeleton.joints):
         raise InputError("OKS, the metric of --dataset coco, needs a sigma for each joint in "
@@ -506,8 +509,6 @@ def load_people(dataset, root, split, size, skeleton, boxes="gt", quiet=False):
         people = DATASETS[dataset].read(root, split, size, skeleton)
     else:
         people = read_boxes(boxes, root, split, size, len(skeleton.joints))
-    if quiet:
-        return people
     what = plural(len(people), "person") if boxes == "gt" else plural(len(people), "box", "es")
     names = np.unique(people.files if people.seed is None else people.image_id)
     print(f"{dataset} {split}: {what} in {plural(len(names), 'picture')}"
@@ -528,23 +529,8 @@ def load_people(dataset, root, split, size, skeleton, boxes="gt", quiet=False):
     if problems:
         raise InputError(f"{len(problems)} of the {plural(len(names), 'picture')} of {dataset} "
                          f"split {split!r} can't be used:\n  "
-                         + "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5))
-                         + where_to_fetch(dataset, split))
+                         + "\n  ".join(problems[:5] + ["..."] * (len(problems) > 5)))
     return people
-
-
-def where_to_fetch(dataset, split):
-    """The addresses of a published split's files, in words; nothing for splits of one's own."""
-    if dataset == "mpii" and split in ("train", "valid", "trainval", "test"):
-        return ("\nMPII's pictures: https://datasets.d2.mpi-inf.mpg.de/andriluka14cvpr/"
-                "mpii_human_pose_v1.tar.gz\nand annotations: "
-                "https://download.openmmlab.com/mmpose/datasets/mpii_annotations.tar")
-    if dataset == "coco" and split in ("train2017", "val2017", "test2017", "test-dev2017"):
-        annotations = "image_info_test" if split.startswith("test") else "annotations_trainval"
-        return (f"\nCOCO's pictures: http://images.cocodataset.org/zips/"
-                f"{split.replace('-dev', '')}.zip\nand annotations: "
-                f"http://images.cocodataset.org/annotations/{annotations}2017.zip")
-    return ""
 
 
 def find_file(root, names, dataset, split):
@@ -554,7 +540,7 @@ def find_file(root, names, dataset, split):
             return Path(root) / name
     raise InputError(f"there are no annotations of {dataset} split {split!r}; looked for\n  "
                      + "\n  ".join(str(Path(root) / name) for name in names)
-                     + where_to_fetch(dataset, split))
+                     + "\n(README.md says under Data where the published ones are from)")
 
 
 # ---------------------------------------------------------------------------- synthetic people
@@ -919,15 +905,14 @@ def computing(batch_size, size):
     except (RuntimeError, MemoryError) as error:
         text = str(error)
         task = f"batches of {batch_size} at {size[0]}x{size[1]}"
-        full = f"the memory does not suffice for {task}; choose a smaller --batch-size or --input"
-        sentences = {  # torch has no class for most of these
-            "out of memory": full, "can't allocate memory": full, "bad_alloc": full,
-            "more than 1 value per channel": f"BatchNorm can't train on {task}: a channel has a "
-                                             "single value; choose a larger --batch-size"}
-        for words, sentence in sentences.items():
-            if words in text:
-                raise InputError(sentence) from error
-        raise InputError(full) if isinstance(error, MemoryError) else error
+        if isinstance(error, MemoryError) or any(words in text for words in (  # torch has no class
+                "out of memory", "can't allocate memory", "bad_alloc")):
+            raise InputError(f"the memory does not suffice for {task}; choose a smaller "
+                             "--batch-size or --input") from error
+        if "more than 1 value per channel" in text:
+            raise InputError(f"BatchNorm can't train on {task}: a channel has a single value; "
+                             "choose a larger --batch-size or --input") from error
+        raise
 
 
 def run(main):

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 import data
 from data import (DATASETS, PADDING, PoseDataset, affine, computing, flip_order, invert, normalise,
                   plural, read_columns, transform)
-from lapx import (MEAN, SKELETONS, STD, STRIDE, InputError, NonLocal, Skeleton, decode,
+from lapx import (MEAN, MIN_SIZE, SKELETONS, STD, STRIDE, InputError, NonLocal, Skeleton, decode,
                   from_checkpoint, heatmap_size, load_file, reading, variant_name, weights_path)
 
 
@@ -38,8 +38,9 @@ from lapx import (MEAN, SKELETONS, STD, STRIDE, InputError, NonLocal, Skeleton, 
 def flip_back(heatmaps, order, shift=True):
     """The heatmaps (B,K,h,w) of mirrored crops -> as if of the crops themselves.
 
-    Mirrored, left and right joints exchanged (order (K,)), and moved one pixel to the right: with
-    heatmap pixel x on input pixel 4x, the mirrored map is 3/4 of a pixel off. Column 0 stays.
+    Mirrored, left and right joints exchanged (order (K,)), and moved one pixel to the right, except
+    column 0: since heatmap pixel x lies on input pixel 4x, the mirrored map is 3/4 of a pixel too
+    far left (SimpleBaseline shifts by a whole one, and 1/4 remains).
     """
     heatmaps = heatmaps.flip(3)[:, order]
     if shift:
@@ -139,6 +140,7 @@ def object_keypoint_similarity(found, truth, area, box, sigmas):
                       + np.maximum(0, found - corner - 2 * extent))
     squared = difference[..., 0] ** 2 + difference[..., 1] ** 2  # (D,L)
     exponent = squared / (2 * sigmas) ** 2 / (area + np.spacing(1)) / 2
+    # contiguous: summed in pycocotools' order, equal to the last bit, as ties decide matches
     return np.ascontiguousarray(np.exp(-exponent)).sum(1) / len(sigmas)
 
 
@@ -211,17 +213,19 @@ def coco_ap(file, results, sigmas):
     for row in np.argsort(-results["score"], kind="stable"):
         detections_in[results["image_id"][row]].append(row)
 
-    pictures = []  # of each the detections' rows, the persons' rows, the similarities (D,G)
+    pictures = []
     for image in np.unique(file.images["id"]):
-        found = np.array(detections_in[image][:MAX_DETECTIONS], int)
-        there = np.array(persons_in[image], int)
-        points = results["keypoints"][found, :, :2]
-        columns = [object_keypoint_similarity(points, persons["keypoints"][row],
-                                              persons["area"][row], persons["bbox"][row], sigmas)
-                   for row in there]
-        pictures.append((found, there, np.array(columns).reshape(len(there), len(found)).T))
+        detections = np.array(detections_in[image][:MAX_DETECTIONS], int)  # (D,) rows
+        people = np.array(persons_in[image], int)  # (G,) rows
+        points = results["keypoints"][detections, :, :2]
+        similarity = [object_keypoint_similarity(points, persons["keypoints"][row],
+                                                 persons["area"][row], persons["bbox"][row], sigmas)
+                      for row in people]
+        similarity = np.array(similarity).reshape(len(people), len(detections)).T  # (D,G)
+        pictures.append((detections, people, similarity))
+    all_detections = np.concatenate([detections for detections, _, _ in pictures])
+    all_people = np.concatenate([people for _, people, _ in pictures])
 
-    found = np.concatenate([found for found, _, _ in pictures])  # (D,) rows
     crowd = persons["iscrowd"] > 0
     precisions = []
     recalls = []
@@ -230,22 +234,22 @@ def coco_ap(file, results, sigmas):
         ignored |= (persons["area"] < low) | (persons["area"] > high)
         hit = []
         left_out = []
-        for rows, there, similarity in pictures:
-            outside = (results["area"][rows] < low) | (results["area"][rows] > high)
-            matches = np.full((len(THRESHOLDS), len(rows)), -1)
-            if similarity.size and similarity.max() >= THRESHOLDS[0]:
-                matches = np.array([match(similarity.tolist(), ignored[there].tolist(),
-                                          crowd[there].tolist(), t) for t in THRESHOLDS])
-            person = np.append(there, -1)[matches]  # (T,D) rows, -1 for nobody
-            # pycocotools marks a match by the annotation's id, so that an id of 0 is no match
-            matched = (person >= 0) & (np.append(persons["id"], 0)[person] != 0)
+        for detections, people, similarity in pictures:
+            matches = np.full((len(THRESHOLDS), len(detections)), -1)
+            if similarity.size and similarity.max() >= THRESHOLDS[0]:  # else nobody is found
+                matches = np.array([match(similarity.tolist(), ignored[people].tolist(),
+                                          crowd[people].tolist(), t) for t in THRESHOLDS])
+            # a match of -1 picks what is appended. pycocotools marks a match by the annotation's
+            # id, so that an id of 0 is no match
+            found = np.append(people, -1)[matches]  # (T,D) rows
+            matched = np.append(persons["id"], 0)[found] != 0
+            area = results["area"][detections]
+            outside = (area < low) | (area > high)
             hit.append(matched)
-            left_out.append(np.where(person >= 0, np.append(ignored, False)[person], False)
-                            | (~matched & outside))
-        there = np.concatenate([there for _, there, _ in pictures])
+            left_out.append(np.append(ignored, False)[found] | (~matched & outside))
         precision, recall = precision_and_recall(
-            results["score"][found], np.concatenate(hit, axis=1),
-            np.concatenate(left_out, axis=1), np.count_nonzero(~ignored[there]))
+            results["score"][all_detections], np.concatenate(hit, axis=1),
+            np.concatenate(left_out, axis=1), np.count_nonzero(~ignored[all_people]))
         precisions.append(precision)
         recalls.append(recall)
 
@@ -398,7 +402,6 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
     size (height, width), skeleton, bgr: what the file does not tell, or is to be changed.
     InputError if the file is broken, or lacks what neither it nor the arguments tell.
     """
-    given = path
     path = weights_path(path)
     model = None
     if path.suffix == ".onnx":
@@ -417,15 +420,15 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
         forward = model
         info = content.get("info") if isinstance(content, dict) else None
         if info is None:
-            info = guess_info(model.config, path, given, size, skeleton)
+            info = guess_info(model.config, path)
     if info is None and size and skeleton:
         info = model_info(model and model.config, None, skeleton, size)
     if not isinstance(info, dict):
         raise InputError(f"{path} does not tell its input size and joints; name them with --input "
                          "HxW and --skeleton NAME (an entry of SKELETONS in lapx.py)")
-    info = info | ({"input": list(size)} if size else {})
-    info = info | ({"skeleton": asdict(skeleton)} if skeleton else {})
-    info = info | ({"colour": "BGR"} if bgr else {})
+    changes = {"input": size and list(size), "skeleton": skeleton and asdict(skeleton),
+               "colour": "BGR" if bgr else None}
+    info = info | {key: value for key, value in changes.items() if value}
     network = Network(forward, info, device, model, path)
     if model and model.config.num_joints != len(network.skeleton.joints):
         raise InputError(f"{path} predicts {model.config.num_joints} joints, not "
@@ -433,21 +436,19 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
     return network
 
 
-def guess_info(config, path, given, size, skeleton):
+def guess_info(config, path):
     """The info of weights alone, such as the authors': from the number of joints and, as in
     LAPX_MPII_256_256.tar, from the file's name. None for joints other than MPII's and COCO's."""
     dataset = {16: "mpii", 17: "coco"}.get(config.num_joints)
     if dataset is None:
         return None
-    told = re.search(r"(?<!\d)(\d{2,4})[_x](\d{2,4})(?!\d)", path.stem)
-    told = tuple(map(int, told.groups())) if told else (0, 0)
-    if min(told) < 64 or told[0] % 32 or told[1] % 32:  # no input size, an epoch perhaps
-        told = DATASETS[dataset].size
-    height, width = size or told
-    if str(given) == str(path):
-        print(f"{path} does not tell its joints and input; taken for {dataset}'s and "
-              f"{height}x{width}, unless --skeleton and --input say otherwise")
-    return model_info(config, dataset, skeleton or SKELETONS[dataset], told)
+    found = re.search(r"(?<!\d)(\d{2,4})[_x](\d{2,4})(?!\d)", path.stem)
+    height, width = map(int, found.groups()) if found else (0, 0)
+    if min(height, width) < MIN_SIZE or height % 32 or width % 32:  # an epoch, perhaps
+        height, width = DATASETS[dataset].size
+    print(f"{path} does not tell its joints and input; taken for {dataset}'s and {height}x{width}, "
+          "unless --skeleton and --input say otherwise")
+    return model_info(config, dataset, SKELETONS[dataset], (height, width))
 
 
 def choose_device(name):
@@ -472,8 +473,6 @@ def open_session(path, threads=0, profile=None, optimised=True):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
-    # 8-bit sums would overflow on x86 CPUs without VNNI
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if profile:
@@ -528,7 +527,7 @@ def mpii_truth(people, root, split):
     A head size is 0.6 times the diagonal of the head box in that file. Without it the JSON is
     enough: in MPII the same number is 25 * scale, to within 1e-4 pixels.
     """
-    for path in [Path(root) / name for name in data.mpii_mat(split)] if root else []:
+    for path in [Path(root) / name for name in data.mpii_files(split, "mat")]:
         if path.is_file():
             N = len(people)
             mat = read_mat(path, {"pos_gt_src": (16, 2, N), "jnt_missing": (16, N),
@@ -565,18 +564,17 @@ def read_mat(path, shapes):
 
 
 def read_truth(people, dataset, root, split, rows=None):
-    """What predictions of a split are scored against: a CocoFile, or an MPIITruth. rows: of some of
-    its People."""
+    """What predictions of a split are scored against: a CocoFile, or an MPIITruth. rows: indices of
+    the People that are scored, if not all are."""
     rows = np.arange(len(people)) if rows is None else rows
     if dataset != "coco":
         truth = mpii_truth(people, root, split)
         return MPIITruth(truth.joints[rows], truth.annotated[rows], truth.head_sizes[rows],
                          truth.source)
     file = data.read_coco_file(data.coco_path(root, split), people.joints.shape[1])
-    kept = np.isin(file.images["id"], people.image_id[rows]) | (len(rows) == len(people))
-    file.images = {key: values[kept] for key, values in file.images.items()}
-    kept = np.isin(file.persons["image_id"], file.images["id"])
-    file.persons = {key: values[kept] for key, values in file.persons.items()}
+    if len(rows) < len(people):  # coco_ap passes over the persons of other pictures
+        kept = np.isin(file.images["id"], people.image_id[rows])
+        file.images = {key: values[kept] for key, values in file.images.items()}
     return file
 
 
@@ -627,6 +625,12 @@ def write_predictions(out, keypoints, people, dataset, network):
     return path
 
 
+def protocol(args):
+    """The flags of the test-time protocol, as predict takes them."""
+    return dict(flip=not args.no_flip, shift=not args.no_shift, batch_size=args.batch_size,
+                quarter_offset=not args.no_offset)
+
+
 def evaluate_dataset(args):
     """Predicts a split with a network and scores it, or only predicts if nothing is annotated."""
     network = open_network(args.weights, args.device, args.input, chosen_skeleton(args), args.bgr)
@@ -661,8 +665,8 @@ def evaluate_dataset(args):
     # with annotated ones unless --boxes names a file: about 2 AP more. The result line says which.
     boxes = "annotated (gt)" if args.boxes == "gt" else f"of {args.boxes}"
     for flip in [False, True] if args.both else [not args.no_flip]:
-        keypoints = predict(network, people, flip, not args.no_shift, not args.no_offset,
-                            args.batch_size, args.workers, show_progress(len(people)))
+        keypoints = predict(network, people, **protocol(args) | {"flip": flip},
+                            workers=args.workers, progress=show_progress(len(people)))
         path = write_predictions(args.out, keypoints, people, dataset, network)
         if truth is None:
             continue
@@ -788,10 +792,15 @@ def evaluate_pictures(args):
     detected = None
     if args.boxes != "gt":
         by_id = {int(path.stem): path for path in paths if path.stem.isdigit()}
-        names, boxes, scores = data.read_detections(args.boxes, by_id,
-                                                    {path.name: path for path in paths})
-        detected = {path: [row for row, name in enumerate(names) if name == path]
-                    for path in paths}
+        by_name = {}
+        for path in paths:
+            if by_name.setdefault(path.name, path) != path:
+                raise InputError(f"{path} and {by_name[path.name]} have the same name, so that "
+                                 "--boxes does not tell them apart")
+        names, boxes, scores = data.read_detections(args.boxes, by_id, by_name)
+        detected = defaultdict(list)
+        for row, name in enumerate(names):
+            detected[name].append(row)
     failed = 0
     stems = set()
     for path in paths:
@@ -802,10 +811,10 @@ def evaluate_pictures(args):
         try:
             picture = data.open_picture(path, upright=True)
             if detected is None:
-                persons = predict_picture(network, picture, args.box, None, *protocol(args))
+                persons = predict_picture(network, picture, args.box, **protocol(args))
             elif detected[path]:
                 persons = predict_picture(network, picture, boxes[detected[path]],
-                                          scores[detected[path]], *protocol(args))
+                                          scores[detected[path]], **protocol(args))
             else:
                 persons = []
             write_picture(args, stem, path, picture, persons, network)
@@ -814,11 +823,6 @@ def evaluate_pictures(args):
             failed += 1
     if failed:
         sys.exit(f"error: {failed} of {plural(len(paths), 'picture')} could not be done")
-
-
-def protocol(args):
-    """The flags of the test-time protocol, as predict_picture takes them."""
-    return not args.no_flip, not args.no_shift, not args.no_offset, args.batch_size
 
 
 def write_picture(args, stem, path, picture, persons, network):

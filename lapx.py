@@ -24,8 +24,8 @@ What each module puts out for one picture of 256 x 256, channels x height x widt
     stem.block2                         208 x 64 x 64
     stem.block3                         208 x 64 x 64
     stem.attention                      208 x 64 x 64
-    stages.0.hourglass.levels.3.skip    208 x 64 x 64      waits for the way up
-    stages.0.hourglass.levels.3.down    208 x 32 x 32      levels 2, 1, 0: the same at 32, 16, 8
+    stages.0.hourglass.levels.3.skip    208 x 64 x 64      levels 2, 1, 0: at 32, 16, 8
+    stages.0.hourglass.levels.3.down    208 x 32 x 32      levels 2, 1, 0: at 16, 8, 4
     stages.0.hourglass.levels.0.down    208 x 4 x 4
     stages.0.hourglass.bottom           208 x 4 x 4
     stages.0.hourglass.neck             208 x 4 x 4        Non-Local: each cell sees all 16
@@ -46,7 +46,7 @@ Glossary. One letter means one thing in all files:
     alpha      the soft gate: one learnt factor per channel of a residual
     gamma      the factor of the global context: one number per Non-Local module
     neck       the attention at the bottom of an hourglass, where the map is smallest (the paper)
-    width      the number of channels inside a block
+    width      of a block: the number of channels inside it; of a picture or box: pixels
     cell       one position (y, x) of a feature map
 
 Three tags tie the code to the paper; `grep -nE "PAPER|DIFFERS" *.py` finds them all. `PAPER` with a
@@ -116,7 +116,7 @@ SKELETONS = {
 # ---------------------------------------------------------------------------- attention
 
 class ECA(nn.Module):
-    """Efficient channel attention: every channel is scaled by what its neighbours say.
+    """Efficient channel attention: a gate for each channel from itself and its six neighbours.
 
     PAPER §3.3: average plus maximum over the pixels, a kernel of 7 channels. (B,C,h,w) -> same.
     """
@@ -180,7 +180,8 @@ class CBAM(nn.Module):
 class NonLocal(nn.Module):
     """Global context (Wang et al. 2018): every cell adds what it finds in all cells. PAPER §3.3.
 
-    y = gamma * out(A value(x)) + x, where A = softmax(query(x)^T key(x)) over the keys.
+    Cell i gets context_i = sum over j of A_ij value_j, where A_ij is the softmax over j of
+    query_i . key_j, and puts out gamma * out(context_i) + x_i.
     (B,C,h,w) -> same. gamma starts at 0, and gamma alone decides how much is added: there is no
     other switch.
     """
@@ -450,15 +451,15 @@ def decode(heatmaps, quarter_offset=True):
     x = peak % w
     y = peak // w
 
-    def slope(step):  # 1 where the neighbour `step` behind the peak is the higher one, else -1 or 0
-        behind = flat.gather(2, (peak + step).clamp(max=h * w - 1))
+    def higher(step):  # 1: the pixel `step` after the peak is higher than that before it; -1; 0
+        after = flat.gather(2, (peak + step).clamp(max=h * w - 1))
         before = flat.gather(2, (peak - step).clamp(min=0))
-        return (behind - before).sign()
+        return (after - before).sign()
 
     keypoints = torch.cat([x, y], dim=2).to(flat.dtype)  # (B,K,2)
     if quarter_offset:
         inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)  # (B,K,1)
-        keypoints = keypoints + 0.25 * inside * torch.cat([slope(1), slope(w)], dim=2)
+        keypoints = keypoints + 0.25 * inside * torch.cat([higher(1), higher(w)], dim=2)
     return keypoints * (scores > 0), scores[..., 0]
 
 
@@ -483,7 +484,7 @@ def reading(path, wanted):
                          ) from error
     except Exception as error:  # a damaged file can make a parser raise anything
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        reason = " ".join(reason.split())[:200] or type(error).__name__
+        reason = " ".join(reason.split())[:500] or type(error).__name__
         at = f" ({where.entry})" if where.entry else ""
         raise InputError(f"{path} must be {wanted}, but it is not{at}: {reason}") from error
 
@@ -690,27 +691,19 @@ def variant_name(config):
 def from_checkpoint(content, path):
     """A LAPX with the weights in a file's content (what load_file returned for that path).
 
-    Every tensor must fit; InputError lists those that do not.
+    Every tensor must fit; InputError names those that do not.
     """
     tensors = find_weights(content, path)
     with reading(path, "the weights of a LAPX network"):
         config = infer_config(tensors)
         own = content.get("config") if isinstance(content, dict) else None
-        if own is not None:  # a checkpoint of train.py
+        if own is not None:  # train.py's: gamma_target leaves no trace in the weights
             config = replace(config, gamma_target=float(own["gamma_target"]))
-        with torch.device("meta"):  # shapes alone, no memory
-            expected = LAPX(config).state_dict()
-    there = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    problems = [f"{name} is {there.get(name, 'missing')}, not {wanted.get(name, 'expected')}"
-                for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
-    if problems:
-        shown = "\n  ".join(problems[:10] + ["..."] * (len(problems) > 10))
-        raise InputError(f"{path} does not fit {variant_name(config)} with {config.num_joints} "
-                         f"joints; {len(problems)} of its tensors differ:\n  {shown}")
-    model = LAPX(config)
-    model.load_state_dict(tensors)
-    return model
+        with torch.device("meta"):  # shapes alone, no memory, until they are compared
+            model = LAPX(config)
+        model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()},
+                              assign=True)
+    return model.float()
 
 
 def lapx(num_joints=None, variant=None, weights=None):

@@ -37,6 +37,9 @@ from data import (DATASETS, Augmentation, PoseDataset, computing, gaussian_targe
                   plural, target_sigma)
 from lapx import SKELETONS, VARIANTS, InputError, lapx, load_file, load_fitting, reading
 
+# Four words: config, the network's shape; info, what belongs to its weights (evaluate.model_info);
+# recipe, all that decides a run's weights; facts, the machine that it runs on.
+#
 # The defaults of the flags. PAPER §4: Adam, batches of 32, learning rates and their milestones.
 RECIPES = {
     # lr is multiplied by `factor` after each of the epochs in `milestones`
@@ -70,11 +73,11 @@ def gamma_at(epochs, warmup, ramp, target):
 
 
 def schedule_gamma(model, optimiser, value):
-    """Sets every gamma to what gamma_at says for this step. -> the parameters that the optimiser
-    must leave alone in this step.
+    """Sets every gamma to value, what gamma_at says for this step. -> the parameters that stay as
+    they are in this step.
 
-    While gamma is 0 these are all parameters of the Non-Local modules, then the gammas alone, and
-    none at the end; the first such step starts from the target.
+    These are all parameters of the Non-Local modules while gamma is 0, the gammas alone while it
+    rises, and none afterwards. The first step with a free gamma starts at gamma_target.
     """
     # PAPER SILENT: what "frozen" means. The Non-Local modules get no gradient and have no state in
     # Adam, as if they were not there yet (the authors' code leaves them out). From the first step
@@ -106,33 +109,20 @@ def heatmap_loss(outputs, targets, weights):
 
 # ---------------------------------------------------------------------------- one epoch
 
-class EpochBatches:
-    """Batches of (epoch, row), shuffled by (seed, epoch): of each, this process's share."""
-
-    def __init__(self, persons, batch_size, seed, rank=0, world=1):
-        self.persons = persons
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.epoch = 0
-
-    def __len__(self):
-        # PAPER SILENT: the last, incomplete batch. Left out; who is left out changes every epoch.
-        return self.persons // self.batch_size
-
-    def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.persons)
-        for step in range(len(self)):
-            batch = order[step * self.batch_size:(step + 1) * self.batch_size]
-            yield [(self.epoch, row) for row in batch[self.rank::self.world].tolist()]
+def epoch_batches(persons, batch_size, seed, epoch, rank=0, world=1):
+    """The batches of an epoch, lists of (epoch, row), shuffled by (seed, epoch): of each batch the
+    share of the process `rank` of `world`."""
+    # PAPER SILENT: the last, incomplete batch. Left out; who is left out changes every epoch.
+    order = np.random.default_rng((seed, epoch)).permutation(persons)
+    return [[(epoch, row) for row in order[start + rank:start + batch_size:world].tolist()]
+            for start in range(0, persons - batch_size + 1, batch_size)]
 
 
-def train_epoch(net, model, optimiser, loader, epoch, recipe, device, progress=None):
+def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device, progress=None):
     """One epoch: load, forward, loss, backward, step. -> mean loss, images/s, share of waiting.
 
-    net: the model, or what torch.compile and DistributedDataParallel made of it. epoch: from 0.
-    InputError at a loss that is not finite.
+    wrapped: what torch.compile and DistributedDataParallel made of the model, or the model. epoch:
+    from 0. recipe: a Namespace of default_recipe's fields. InputError at a loss that is not finite.
     """
     steps = len(loader)
     size = recipe.input
@@ -141,11 +131,11 @@ def train_epoch(net, model, optimiser, loader, epoch, recipe, device, progress=N
     losses = torch.zeros(steps, device=device)
     look_every = 50 if device.type == "cuda" else 1  # reading a loss makes a GPU wait
     model.train()
-    start = asked = time.perf_counter()
+    start = requested = time.perf_counter()
     waited = 0.0
-    for step, (_, images, joints, visible) in enumerate(loader):
-        waited += time.perf_counter() - asked
-        images = normalise(images.to(device, non_blocking=True))  # (B,3,H,W)
+    for step, (_, crops, joints, visible) in enumerate(loader):
+        waited += time.perf_counter() - requested
+        images = normalise(crops.to(device, non_blocking=True))  # (B,3,H,W)
         joints = joints.to(device, non_blocking=True)  # (B,K,2)
         visible = visible.to(device, non_blocking=True)  # (B,K)
         targets, weights = gaussian_targets(joints, visible, size, target_sigma(size))
@@ -155,7 +145,7 @@ def train_epoch(net, model, optimiser, loader, epoch, recipe, device, progress=N
 
         optimiser.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            outputs = net(images)  # S x (B,K,h,w)
+            outputs = wrapped(images)  # S x (B,K,h,w)
         loss = heatmap_loss(outputs, targets, weights)
         loss.backward()
         for parameter in frozen:
@@ -167,7 +157,7 @@ def train_epoch(net, model, optimiser, loader, epoch, recipe, device, progress=N
             check_losses(losses[:step + 1], epoch, optimiser)
         if progress:
             progress(step + 1)
-        asked = time.perf_counter()
+        requested = time.perf_counter()
     seconds = time.perf_counter() - start
     processes = dist.get_world_size() if dist.is_initialized() else 1
     if processes > 1:
@@ -193,10 +183,10 @@ CHANGEABLE = ("lr", "precision")  # of a run that is resumed: the cures for a lo
 
 def default_recipe(dataset):
     """All that decides a run's weights, as plain types."""
-    info = DATASETS[dataset]
-    return dict(dataset=dataset, splits=[info.train, info.valid], skeleton=info.skeleton,
-                input=list(info.size), variant="lapx", **RECIPES[dataset],
-                scale=info.augmentation.scale, rotation=info.augmentation.rotation,
+    known = DATASETS[dataset]
+    return dict(dataset=dataset, splits=[known.train, known.valid], skeleton=known.skeleton,
+                input=list(known.size), variant="lapx", **RECIPES[dataset],
+                scale=known.augmentation.scale, rotation=known.augmentation.rotation,
                 precision="auto", compile=False, seed=0, overfit=0, init="")
 
 
@@ -237,8 +227,8 @@ def fast_precision(device):
 
 
 def resume(args, out):
-    """The run to go on with: its recipe and data folder, its checkpoint's content or None, what the
-    flags change in the recipe. None and none under --resume auto where there is no run yet."""
+    """The run to go on with -> its recipe, its data folder, its checkpoint's content (None before
+    the first epoch is saved), and in words what the flags change. Nothing where there is no run."""
     path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
     saved = None
     if args.resume != "auto" or path.exists():
@@ -247,14 +237,14 @@ def resume(args, out):
     else:
         path = out / "recipe.json"
         if not path.exists():
-            return None, None, None, {}
+            return None, None, None, ""
         kind = "a recipe.json of train.py"
     with reading(path, kind) as where:
         content = saved or data.read_json(path)
         where.entry = "recipe"
         recipe = dict(content["recipe"])
-        model = default_recipe(recipe["dataset"])
-        for name, value in model.items():
+        template = default_recipe(recipe["dataset"])
+        for name, value in template.items():
             number = isinstance(value, (int, float)) and isinstance(recipe[name], (int, float))
             if not number and type(recipe[name]) is not type(value):
                 raise TypeError(f"{name} is {recipe[name]!r}")
@@ -262,16 +252,19 @@ def resume(args, out):
         root = os.fspath(content["data"])
         if saved:
             where.entry = "history"
-            log_rows(saved["history"])
-    given = {name: value for name, value in given_flags(args, model).items()
+            for row in saved["history"]:
+                if set(row) != set(saved["history"][0]) or not {"loss", "lr"} <= set(row):
+                    raise ValueError("its rows differ")
+                [float(value) for name, value in row.items() if name != "changed"]
+    given = {name: value for name, value in given_flags(args, template).items()
              if value != recipe[name]}
     for name in given:
         if name not in CHANGEABLE:
             raise InputError(f"{path} is a run with {name.replace('_', '-')} {recipe[name]}; a run "
                              f"that is resumed keeps its recipe, but for --lr and --precision: "
                              "leave the flag out, or start another run (--init takes the weights)")
-    return recipe | given, root, saved, {
-        name: f"{recipe[name]} -> {value}" for name, value in given.items()}
+    changed = ", ".join(f"{name} {recipe[name]} -> {value}" for name, value in given.items())
+    return recipe | given, root, saved, changed
 
 
 def load_optimiser(optimiser, state, path):
@@ -294,7 +287,7 @@ def save(path, content):
 
 
 def percent(metrics):
-    """The metric that a network is judged by, in percent: COCO's AP, or the mean PCKh."""
+    """The metric that a network is judged by, in percent: COCO's AP, or MPII's mean PCKh."""
     return 100 * metrics["AP"] if "AP" in metrics else metrics["Mean"]
 
 
@@ -314,7 +307,8 @@ def main():
             raise InputError(f"--resume {args.resume} goes on in {out}, not in --out {args.out}; "
                              "copy the folder to go on elsewhere")
     recipe = saved = None
-    changed = {}
+    root = None
+    changed = ""
     if args.resume:
         recipe, root, saved, changed = resume(args, out)
     fresh = recipe is None
@@ -325,7 +319,7 @@ def main():
         recipe = new_recipe(args)
         if recipe["precision"] == "auto":
             recipe["precision"] = fast_precision(args.device)
-    root = str(args.data or (not fresh and root) or Path("data") / recipe["dataset"])
+    root = str(args.data or root or Path("data") / recipe["dataset"])
     recipe = argparse.Namespace(**recipe)
     if recipe.dataset == "synthetic" and args.data:
         raise InputError("--data means nothing with synthetic people, who have no files")
@@ -346,8 +340,7 @@ def main():
     skeleton = SKELETONS[recipe.skeleton]
     size = tuple(recipe.input)
     augmentation = Augmentation(recipe.scale, recipe.rotation)
-    people = data.load_people(recipe.dataset, root, recipe.splits[0], size, skeleton,
-                              quiet=rank > 0)
+    people = data.load_people(recipe.dataset, root, recipe.splits[0], size, skeleton)
     if recipe.overfit:  # the same pictures to train and to score, exactly as they are
         _, first = np.unique(people.image_id, return_index=True)
         pictures = people.image_id[np.sort(first)[:recipe.overfit]]
@@ -358,8 +351,7 @@ def main():
         print(f"overfitting {plural(len(people), 'person')} in "
               f"{plural(len(pictures), 'picture')}, unaugmented")
     else:
-        valid = data.load_people(recipe.dataset, root, recipe.splits[1], size, skeleton,
-                                 quiet=rank > 0)
+        valid = data.load_people(recipe.dataset, root, recipe.splits[1], size, skeleton)
         truth = evaluate.read_truth(valid, recipe.dataset, root, recipe.splits[1])
     batch_size = min(recipe.batch_size, len(people)) // world * world
     if not batch_size:
@@ -368,7 +360,7 @@ def main():
     if batch_size != recipe.batch_size:
         print(f"batches of {batch_size}, not {recipe.batch_size}: there are "
               f"{plural(len(people), 'person')} and {plural(world, 'process', 'es')}")
-    batches = EpochBatches(len(people), batch_size, recipe.seed, rank, world)
+    batches = []  # of the epoch under way
     samples = PoseDataset(people, size, skeleton, augmentation, recipe.seed)
     loader = data.make_loader(samples, batches, args.workers, device.type == "cuda")
 
@@ -399,17 +391,18 @@ def main():
         total = len(model.state_dict())
         print(f"{total - len(missing)} of {total} tensors from {recipe.init}; afresh: "
               f"{', '.join(missing[:12]) or 'none'}{', ...' * (len(missing) > 12)}")
-    net = model
+    wrapped = model  # trains; model is saved; network, which has its info, predicts
     if world > 1:
-        net = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False)
     if recipe.compile:  # on a GPU the step becomes one CUDA graph
-        net = torch.compile(net, mode="reduce-overhead" if device.type == "cuda" else None)
+        wrapped = torch.compile(wrapped,
+                                mode="reduce-overhead" if device.type == "cuda" else None)
 
     # the folder
     if fresh and args.resume:
         print(f"{out} has no run to resume: a new run")
-    for name, change in changed.items():
-        print(f"the recipe changes: {name} {change}")
+    if changed:
+        print(f"the recipe changes: {changed}")
     if len(history) >= recipe.epochs and (out / "predictions.png").exists():
         print(f"all {plural(recipe.epochs, 'epoch')} are done: nothing to do")
         return
@@ -443,32 +436,34 @@ def main():
               f"{'waiting':>7} {'time left':>10}", flush=True)
         for epoch in range(len(history), recipe.epochs):
             start = time.monotonic()
-            batches.epoch = epoch
+            batches[:] = epoch_batches(len(people), batch_size, recipe.seed, epoch, rank, world)
             progress = evaluate.show_progress(len(batches), "steps") if rank == 0 else None
             with computing(batch_size, size):
-                loss, speed, waiting = train_epoch(net, model, optimiser, loader, epoch, recipe,
-                                                   device, progress)
+                loss, speed, waiting = train_epoch(wrapped, model, optimiser, loader, epoch,
+                                                   recipe, device, progress)
             if world > 1:
                 for buffer in model.buffers():  # the first process's running statistics
                     dist.broadcast(buffer, 0)
             _, metrics = evaluate_people(flip=False)
+            gammas = {f"gamma{number}": stage.hourglass.neck.non_local.gamma.item()
+                      for number, stage in enumerate(model.stages, start=1)
+                      if hasattr(stage.hourglass.neck, "non_local")}
             row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
-                   "gamma": [module.gamma.item() for module in model.non_locals()],
-                   "metrics": metrics, "images_per_second": speed, "waiting": waiting,
+                   **gammas, **metrics, "images_per_second": speed, "waiting": waiting,
                    "seconds": time.monotonic() - start, "changed": changed}
-            changed = {}
+            changed = ""
             history.append(row)
             left = round((recipe.epochs - epoch - 1) * row["seconds"])
-            gammas = " ".join(f"{gamma:.3f}" for gamma in row["gamma"]) or "-"
+            gammas = " ".join(f"{gamma:.3f}" for gamma in gammas.values()) or "-"
             print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
                   f"{percent(metrics):8.2f} {speed:8.1f} {waiting:7.1%} "
                   f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
             if rank == 0:
                 content = {"config": asdict(model.config), "info": info,
                            "model": model.state_dict()}
-                if not any(percent(row["metrics"]) > percent(metrics) for row in history):
+                if not any(percent(row) > percent(metrics) for row in history):
                     save(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
-                data.write_csv(out / "log.csv", log_rows(history))
+                data.write_csv(out / "log.csv", history)
                 save(out / "last.pt", content | {
                     "recipe": vars(recipe), "data": root, "history": history,
                     "optimiser": optimiser.state_dict()})
@@ -481,7 +476,7 @@ def main():
                             f"annotated (gt),\ninput {size[0]}x{size[1]}, last epoch, "
                             f"{'flip test with shift' if flip else 'no flip test'}", truth)
         if rank == 0:
-            data.write_png(out / "curve.png", draw_curve(history, model))
+            data.write_png(out / "curve.png", draw_curve(history))
             data.write_png(out / "predictions.png", draw_predictions(
                 PoseDataset(valid, size, skeleton), keypoints, skeleton))
             print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
@@ -510,29 +505,20 @@ def take_folder(out, content, fresh):
                          "has just started there, choose another --out") from error
 
 
-# ---------------------------------------------------------------------------- log and drawings
+# ---------------------------------------------------------------------------- drawings
 
-def log_rows(history):
-    """The history as rows of log.csv."""
-    return [{"epoch": row["epoch"], "lr": row["lr"], "loss": row["loss"],
-             "gamma": " ".join(f"{gamma:.5f}" for gamma in row["gamma"]), **row["metrics"],
-             "images_per_second": round(row["images_per_second"], 2),
-             "waiting": round(row["waiting"], 4), "seconds": round(row["seconds"], 1),
-             "changed": " ".join(map(str, row["changed"].items()))}
-            for row in history]
+def draw_curve(history):
+    """Loss, score and gamma over the epochs: a Pillow picture with a panel for each."""
+    def curve(name):
+        return [row[name] for row in history]
 
-
-def draw_curve(history, model):
-    """Loss, score and gamma over the epochs: a Pillow picture with three panels."""
-    panels = {"loss": {"": [row["loss"] for row in history]},
-              "AP" if "AP" in history[0]["metrics"] else "PCKh@0.5":
-              {"": [percent(row["metrics"]) for row in history]}}
-    stages = [number for number, stage in enumerate(model.stages, start=1)
-              if hasattr(stage.hourglass.neck, "non_local")]
-    if stages:
-        panels["gamma"] = {f"stage {number}": [row["gamma"][index] for row in history]
-                           for index, number in enumerate(stages)}
-    return data.line_charts([row["epoch"] for row in history], panels, "epoch")
+    score = "AP" if "AP" in history[0] else "Mean"
+    panels = {"loss": {"": curve("loss")},
+              f"{score} of the validation people": {"": curve(score)},
+              "gamma": {f"stage {name[5:]}": curve(name) for name in history[0]
+                        if name.startswith("gamma")}}
+    return data.line_charts(curve("epoch"), {name: curves for name, curves in panels.items()
+                                             if curves}, "epoch")
 
 
 def draw_predictions(samples, keypoints, skeleton, count=12):
