@@ -1,9 +1,9 @@
 """Scores and draws predictions: PCKh on MPII, OKS average precision on COCO,
 one's own pictures.
 
-  python evaluate.py --weights FILE --dataset mpii                # paper's columns
+  python evaluate.py --weights FILE --dataset mpii
   python evaluate.py --weights FILE --dataset coco --boxes DETECTIONS.json
-  python evaluate.py --results pred.mat --dataset mpii            # made elsewhere
+  python evaluate.py --results pred.mat --dataset mpii        # made elsewhere
   python evaluate.py --results results.json --annotations GROUND_TRUTH.json
   python evaluate.py --weights FILE --image photo.jpg --box 120 40 200 380
 
@@ -373,7 +373,8 @@ class Network:
                     and self.dataset in (None, *DATASETS) and all(map(str.strip, names["joints"]))
                     and all(a in joints and b in joints for a, b in pairs)):
                 raise ValueError("its values don't fit each other")
-        # evaluation computes as training did, but for bfloat16, which is for training alone
+        # Evaluation computes as training did, but for bfloat16, which is for training alone. The
+        # switch is torch's for the whole process.
         torch.backends.cudnn.allow_tf32 = info.get("precision") != "float32"
 
     def prepare(self, crops):

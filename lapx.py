@@ -811,4 +811,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the reader of the table, head or less, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -141,6 +141,14 @@ def test_counts_agree_with_every_figure_of_the_paper():
                 assert printed in ("", f"{flops / 1e9:.2f}"), (name, height, width)
 
 
+@pytest.mark.parametrize("script", ["lapx", "data", "train", "evaluate", "export"])
+def test_every_help_page_fits_80_columns(script):
+    done = subprocess.run([sys.executable, HERE / f"{script}.py", "--help"], text=True,
+                          capture_output=True, env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
 @pytest.mark.parametrize("variant, parameters, gigamacs", [
     ("lapx", 2311111, 3.3446), ("lap", 2338570, 3.6063), ("row1", 2297120, 3.6050),
     ("row2", 2258720, 3.3423), ("row3", 2253709, 3.2279), ("row4", 2230160, 3.1282),
@@ -829,6 +837,12 @@ def test_predictions_do_not_depend_on_batches_and_processes(weights, mpii):
                for size, workers in ((1, 0), (4, 2), (6, 1))]
     assert np.allclose(results[0], results[1], atol=1e-4)
     assert np.allclose(results[0], results[2], atol=1e-4)
+
+
+def test_heatmaps_of_another_stride_or_number_of_joints_are_refused(mpii):
+    network = network_of(lambda images: [torch.zeros(len(images), 16, 8, 8)], (64, 64))
+    with pytest.raises(InputError, match=r"heatmaps \(16, 8, 8\), not \(16, 16, 16\)"):
+        evaluate.predict(network, data.read_mpii(mpii, "valid"))
 
 
 @pytest.mark.parametrize("fault, sentence", [
@@ -1674,6 +1688,34 @@ def test_keypoints_in_the_file_are_those_of_decode_in_pixels_of_the_input(onnx_f
     _, heatmaps, keypoints = session.run(None, {"images": images.numpy()})
     points, scores = decode(torch.from_numpy(heatmaps))
     assert np.allclose(keypoints, torch.cat([4 * points, scores[..., None]], 2))
+
+
+def test_the_readmes_dozen_lines_give_what_evaluate_gives(onnx_files, tmp_path, monkeypatch):
+    readme = (HERE / "README.md").read_text()
+    code = next(block for block in re.findall(r"```python\n((?s:.)*?)```", readme)
+                if "InferenceSession" in block)
+    box = [150, 120, 60, 90]
+    sheet = Image.new("RGB", (500, 400))
+    for number, corner in enumerate(((0, 0), (200, 0), (0, 200), (200, 200))):
+        sheet.paste(data.synthetic_person(3, number)[1], corner)
+    sheet.save(tmp_path / "photo.jpg", quality=95)
+    (tmp_path / "lapx.onnx").symlink_to(onnx_files[0] / "fast.onnx")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code.replace("20, 10, 100, 120", ", ".join(map(str, box))), found)
+    person, = evaluate.predict_picture(evaluate.open_network("lapx.onnx"),
+                                       data.open_picture("photo.jpg"), [box], flip=False)
+    assert np.allclose(found["keypoints"], person.keypoints, atol=1e-3)
+
+
+def test_the_readmes_lines_of_python_run(weights, tmp_path, monkeypatch, capsys):
+    code = next(block for block in re.findall(r"```python\n((?s:.)*?)```",
+                                              (HERE / "README.md").read_text())
+                if "predict_picture" in block)
+    data.synthetic_person(3, 1)[1].save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('"mpii"', repr(str(weights[0]))), {})
+    assert "left wrist" in capsys.readouterr().out
 
 
 def test_counting_a_file_counts_the_network(onnx_files):

@@ -1,10 +1,10 @@
 """Trains LAPX by the paper's recipe, and scores it after every epoch.
 
-  python train.py                               # synthetic people, on a CPU
-  python train.py --dataset mpii --data data/mpii      # the paper's 200 epochs
+  python train.py                                 # synthetic people, on a CPU
+  python train.py --dataset mpii --data data/mpii       # the paper's 200 epochs
   python train.py --dataset coco --data data/coco
-  python train.py --dataset mpii --resume auto         # goes on with a stopped run
-  torchrun --nproc_per_node=4 train.py --dataset mpii  # 4 GPUs, same total batch
+  python train.py --dataset mpii --resume auto           # goes on with a run
+  torchrun --nproc_per_node=4 train.py --dataset mpii    # 4 GPUs, same batch
 
 A run's folder gets recipe.json, log.csv, last.pt (everything, to resume),
 best.pt (the best epoch's network), at the end curve.png and predictions.png.
@@ -40,7 +40,8 @@ from lapx import SKELETONS, VARIANTS, InputError, lapx, load_file, load_fitting,
 # Four words: config, the network's shape; info, what belongs to its weights (evaluate.model_info);
 # recipe, all that decides a run's weights; facts, the machine that it runs on.
 #
-# The defaults of the flags. PAPER §4: Adam, batches of 32, learning rates and their milestones.
+# The defaults of the flags. PAPER, training details: Adam, batches of 32, learning rates and their
+# milestones.
 RECIPES = {
     # lr is multiplied by `factor` after each of the epochs in `milestones`
     "mpii": dict(epochs=200, batch_size=32, lr=3e-4, factor=0.5, milestones=[105, 150, 175, 190],
@@ -573,7 +574,7 @@ def parse():
     group.add_argument("--overfit", type=data.number_from(1), metavar="N",
                        help="train on N pictures and score on the same: a check of a setup")
     group.add_argument("--init", metavar="FILE", help="start from these weights (a file, or mpii, "
-                       "coco, coco-384x288), wherever the shapes fit")
+                       "coco, coco-384x288), wherever the shapes fit; gamma starts anew")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATASET")
     group.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the "
