@@ -902,7 +902,9 @@ def computing(batch_size, size):
     """Around a network's work: faults of memory and of the batch's size become a sentence."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, MemoryError) as error:
         text = str(error)
         task = f"batches of {batch_size} at {size[0]}x{size[1]}"
         if isinstance(error, MemoryError) or any(words in text for words in (  # torch has no class
@@ -985,6 +987,14 @@ def add_data_arguments(parser, dataset, size):
                        help=f"the network's input (default: {size})")
 
 
+def data_folder(given, dataset):
+    """The folder of a data set: what --data gives, else data/DATASET."""
+    if given and dataset == "synthetic":
+        raise InputError("--data means nothing with synthetic people, who have no files; name a "
+                         "--dataset")
+    return given or Path("data") / dataset
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draws a sheet of training samples with their "
                                      "joints and targets.")
@@ -997,14 +1007,12 @@ def main():
     if args.show.suffix != ".png":
         parser.error(f"--show {args.show} must end in .png")
     dataset = args.dataset or "synthetic"
-    if dataset == "synthetic" and args.data:
-        parser.error("--data means nothing with synthetic people, who have no files")
-    info = DATASETS[dataset]
-    size = args.input or info.size
-    skeleton = SKELETONS[args.skeleton or info.skeleton]
-    people = load_people(dataset, args.data or Path("data") / dataset, args.split or info.train,
-                         size, skeleton)
-    samples = PoseDataset(people, size, skeleton, info.augmentation, args.seed)
+    known = DATASETS[dataset]
+    size = args.input or known.size
+    skeleton = SKELETONS[args.skeleton or known.skeleton]
+    people = load_people(dataset, data_folder(args.data, dataset), args.split or known.train, size,
+                         skeleton)
+    samples = PoseDataset(people, size, skeleton, known.augmentation, args.seed)
     write_png(args.show, show_samples(samples, skeleton))
     print(f"wrote {args.show}")
 

@@ -90,23 +90,23 @@ PCKH_COLUMNS = {"Head": [9], "Shoulder": [12, 13], "Elbow": [11, 14], "Wrist": [
 PELVIS_AND_THORAX = (6, 7)
 
 
-def pckh(predictions, joints, annotated, head_sizes):
+def pckh(predictions, joints, visible, head_sizes):
     """PCKh, the percentage of joints within half a head size of the truth: {column: percentage}.
 
-    predictions, joints (N,16,2) in one frame; annotated (N,16) bool; head_sizes (N,) in pixels.
+    predictions, joints (N,16,2) in one frame; visible (N,16) bool; head_sizes (N,) in pixels.
     A distance of exactly half a head size is a hit. A column is the unweighted mean of left and
-    right; Mean is over all annotated joints but pelvis and thorax. NaN where nothing is annotated.
+    right; Mean is over all visible joints but pelvis and thorax. NaN where no joint is visible.
     """
     distance = np.linalg.norm(predictions - joints, axis=2) / head_sizes[:, None]  # (N,16)
 
-    def percentage(joints, threshold):
-        counted = annotated[:, joints]
-        hits = (distance[:, joints] <= threshold) & counted
+    def percentage(indices, threshold):
+        counted = visible[:, indices]
+        hits = (distance[:, indices] <= threshold) & counted
         return 100 * hits.sum() / counted.sum() if counted.any() else np.nan
 
-    scores = {name: float(np.mean([percentage([joint], 0.5) for joint in joints]))
-              for name, joints in PCKH_COLUMNS.items()}
-    others = [joint for joint in range(16) if joint not in PELVIS_AND_THORAX]
+    scores = {name: float(np.mean([percentage([index], 0.5) for index in indices]))
+              for name, indices in PCKH_COLUMNS.items()}
+    others = [index for index in range(16) if index not in PELVIS_AND_THORAX]
     scores["Mean"] = float(percentage(others, 0.5))
     # DIFFERS: Mean@0.1. Ours is at 0.10; what SimpleBaseline and HRNet print under that name is at
     # 0.11, the eleventh of their thresholds. The paper does not print it.
@@ -517,7 +517,7 @@ class MPIITruth:
     """What PCKh compares with."""
 
     joints: np.ndarray  # (N,16,2) pixels of the pictures, counted from 1
-    annotated: np.ndarray  # (N,16) bool
+    visible: np.ndarray  # (N,16) bool
     head_sizes: np.ndarray  # (N,) pixels
     source: str  # what the head sizes are
 
@@ -570,7 +570,7 @@ def read_truth(people, dataset, root, split, rows=None):
     rows = np.arange(len(people)) if rows is None else rows
     if dataset != "coco":
         truth = mpii_truth(people, root, split)
-        return MPIITruth(truth.joints[rows], truth.annotated[rows], truth.head_sizes[rows],
+        return MPIITruth(truth.joints[rows], truth.visible[rows], truth.head_sizes[rows],
                          truth.source)
     file = data.read_coco_file(data.coco_path(root, split), people.joints.shape[1])
     if len(rows) < len(people):  # coco_ap passes over the persons of other pictures
@@ -582,7 +582,7 @@ def read_truth(people, dataset, root, split, rows=None):
 def score(keypoints, people, truth, network):
     """Predictions (N,K,3), in pixels of the pictures, against read_truth's -> {metric: value}."""
     if isinstance(truth, MPIITruth):
-        return pckh(keypoints[..., :2] + 1, truth.joints, truth.annotated, truth.head_sizes)
+        return pckh(keypoints[..., :2] + 1, truth.joints, truth.visible, truth.head_sizes)
     results = coco_results(keypoints, people, network.size, network.skeleton.sigmas)
     columns = results_columns(results, "the predictions", len(network.skeleton.joints),
                               truth.category)
@@ -639,9 +639,6 @@ def evaluate_dataset(args):
     if not dataset:
         raise InputError(f"{args.weights} does not say what it was trained on; name a --dataset, "
                          "or an --image")
-    if dataset == "synthetic" and args.data:
-        raise InputError("--data means nothing with synthetic people, who have no files; name a "
-                         "--dataset")
     if dataset != "coco" and args.boxes != "gt":
         raise InputError(f"--boxes means nothing with {dataset}, whose boxes are annotated")
     info = DATASETS[dataset]
@@ -651,7 +648,7 @@ def evaluate_dataset(args):
         raise InputError(f"{args.weights} predicts {ours} joints, {dataset} has {theirs}; choose "
                          "another --dataset")
     split = args.split or info.valid
-    root = args.data or Path("data") / dataset
+    root = data.data_folder(args.data, dataset)
     unscored = dataset == "coco" and data.coco_path(root, split).name.startswith("image_info")
     if unscored and args.boxes == "gt":
         raise InputError(f"{dataset} {split} has no annotated persons; give a detector's boxes "
@@ -689,14 +686,14 @@ def evaluate_results(args):
     if path.suffix == ".mat":
         dataset = args.dataset or "mpii"
         split = args.split or "valid"
-        root = args.data or Path("data") / dataset
+        root = data.data_folder(args.data, dataset)
         if dataset == "coco" or args.annotations or args.skeleton:
             raise InputError(f"{path}: a .mat file has MPII's joints; --annotations, --skeleton "
                              "and coco mean nothing with it")
         people = DATASETS[dataset].read(root, split)
         predictions = read_mat(path, {"preds": (len(people), 16, 2)})["preds"]
         truth = mpii_truth(people, root, split)
-        metrics = pckh(predictions, truth.joints, truth.annotated, truth.head_sizes)
+        metrics = pckh(predictions, truth.joints, truth.visible, truth.head_sizes)
         report(metrics, f"{path}: {dataset} {split}, {plural(len(people), 'person')}", truth)
     else:
         if not args.annotations or args.data or args.split or args.dataset not in (None, "coco"):

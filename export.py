@@ -822,7 +822,7 @@ def calibration_crops(network, args, count=64):
             crop, _ = evaluate.crop_of(network, picture, [0, 0, *picture.size])
             crops.append(crop[0])
     elif dataset:
-        people = data.load_people(dataset, args.data or Path("data") / dataset,
+        people = data.load_people(dataset, data.data_folder(args.data, dataset),
                                   DATASETS[dataset].train, network.size, network.skeleton)
         rows = np.linspace(0, len(people) - 1, min(count, len(people))).astype(int)
         samples = data.PoseDataset(people, network.size, network.skeleton)

@@ -43,6 +43,7 @@ Glossary. One letter means one thing in all files:
     B batch    C channels    K joints    S stages    N persons of a data set
     H, W       height and width of the network's input; sizes are written (height, width)
     h, w       height and width of a feature map or a heatmap, H/4 and W/4 for heatmaps
+    visible    of a joint: annotated, be it occluded (COCO says labelled)
     alpha      the soft gate: one learnt factor per channel of a residual
     gamma      the factor of the global context: one number per Non-Local module
     neck       the attention at the bottom of an hourglass, where the map is smallest (the paper)
@@ -64,6 +65,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -749,12 +751,18 @@ def load_fitting(model, weights):
 
 # ---------------------------------------------------------------------------- counting
 
+class Cost(NamedTuple):
+    """What count() counts; thop: the paper's way."""
+
+    parameters: int
+    thop_parameters: int
+    multiply_adds: int
+    thop_flops: int
+
+
 @functools.lru_cache
 def count(config, height, width):
-    """Size and cost of a network for one picture of height x width.
-
-    -> true parameters, parameters the paper's way, multiply-adds, FLOPs the paper's way.
-    """
+    """The Cost of a network for one picture of height x width."""
     # PAPER SILENT: counting of parameters and FLOPs. The figures of PAPER Tables 1 to 3 are those
     # of the tool thop. It leaves out bare parameters (alpha and gamma). Its FLOPs are the
     # multiply-adds, plus 4 per element that a BatchNorm puts out, plus 1 per element that an
@@ -781,7 +789,7 @@ def count(config, height, width):
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     bare = sum(n for name, n in parameters.items() if name.endswith((".alpha", ".gamma")))
     total = sum(parameters.values())
-    return total, total - bare, sum(multiply_adds), sum(multiply_adds) + sum(extra)
+    return Cost(total, total - bare, sum(multiply_adds), sum(multiply_adds) + sum(extra))
 
 
 # What PAPER Tables 1 to 3 print: millions of parameters with 16 joints, and GFLOPs at the sizes
@@ -803,11 +811,11 @@ def main():
             if joints != 16 and not PAPER[name][number]:
                 continue
             config = replace(config, num_joints=joints, gamma_target=0)  # rows 11-14 cost the same
-            true, thop, multiply_adds, flops = count(config, height, width)
+            cost = count(config, height, width)
             millions = PAPER[name][0] + " M"
-            print(f"{name:7}{config.stages:3}{config.channels:5} |{true:8}{thop:10} {millions} |"
-                  f"{multiply_adds / 1e9:14.4f}{flops / 1e9:6.2f}{PAPER[name][number]:>7}",
-                  flush=True)
+            print(f"{name:7}{config.stages:3}{config.channels:5} |{cost.parameters:8}"
+                  f"{cost.thop_parameters:10} {millions} |{cost.multiply_adds / 1e9:14.4f}"
+                  f"{cost.thop_flops / 1e9:6.2f}{PAPER[name][number]:>7}", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -227,9 +227,18 @@ def fast_precision(device):
                                              cpu.read_text()) else "float32"
 
 
+@dataclass
+class Plan:
+    """A run to begin or to go on with."""
+
+    recipe: dict
+    data: str  # the data set's folder
+    saved: dict | None  # the content of last.pt; None before the first epoch is saved
+    changed: str  # what the flags change in the recipe, in words
+
+
 def resume(args, out):
-    """The run to go on with -> its recipe, its data folder, its checkpoint's content (None before
-    the first epoch is saved), and in words what the flags change. Nothing where there is no run."""
+    """The run that --resume names -> its Plan; None where --resume auto finds none."""
     path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
     saved = None
     if args.resume != "auto" or path.exists():
@@ -238,7 +247,7 @@ def resume(args, out):
     else:
         path = out / "recipe.json"
         if not path.exists():
-            return None, None, None, ""
+            return None
         kind = "a recipe.json of train.py"
     with reading(path, kind) as where:
         content = saved or data.read_json(path)
@@ -265,7 +274,7 @@ def resume(args, out):
                              f"that is resumed keeps its recipe, but for --lr and --precision: "
                              "leave the flag out, or start another run (--init takes the weights)")
     changed = ", ".join(f"{name} {recipe[name]} -> {value}" for name, value in given.items())
-    return recipe | given, root, saved, changed
+    return Plan(recipe | given, root, saved, changed)
 
 
 def load_optimiser(optimiser, state, path):
@@ -307,12 +316,8 @@ def main():
         if args.out and args.out.resolve() != out.resolve():
             raise InputError(f"--resume {args.resume} goes on in {out}, not in --out {args.out}; "
                              "copy the folder to go on elsewhere")
-    recipe = saved = None
-    root = None
-    changed = ""
-    if args.resume:
-        recipe, root, saved, changed = resume(args, out)
-    fresh = recipe is None
+    plan = resume(args, out) if args.resume else None
+    fresh = plan is None
     if fresh:
         if out.exists() and any(out.iterdir()):
             raise InputError(f"{out} is not empty: --resume auto goes on with the run in it, --out "
@@ -320,10 +325,12 @@ def main():
         recipe = new_recipe(args)
         if recipe["precision"] == "auto":
             recipe["precision"] = fast_precision(args.device)
-    root = str(args.data or root or Path("data") / recipe["dataset"])
-    recipe = argparse.Namespace(**recipe)
-    if recipe.dataset == "synthetic" and args.data:
-        raise InputError("--data means nothing with synthetic people, who have no files")
+        root = data.data_folder(args.data, recipe["dataset"])
+        plan = Plan(recipe, str(root), saved=None, changed="")
+    saved = plan.saved
+    changed = plan.changed
+    root = str(args.data or plan.data)
+    recipe = argparse.Namespace(**plan.recipe)
     if not (recipe.lr > 0 and recipe.gamma_warmup >= 0 and recipe.gamma_ramp >= 0
             and 0 <= recipe.scale < 1 and 0 <= recipe.rotation <= 180):
         raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp at least 0, "
