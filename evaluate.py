@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 import data
 from data import (DATASETS, PADDING, PoseDataset, affine, computing, flip_order, invert, normalise,
                   plural, read_columns, transform)
-from lapx import (MEAN, MIN_SIZE, SKELETONS, STD, STRIDE, InputError, NonLocal, Skeleton, decode,
+from lapx import (MEAN, MIN_SIZE, SKELETONS, STD, STRIDE, InputError, Skeleton, decode,
                   from_checkpoint, heatmap_size, load_file, reading, variant_name, weights_path)
 
 
@@ -492,14 +492,14 @@ def session_forward(session, path):
     """
     inputs = session.get_inputs()
     outputs = [output.name for output in session.get_outputs() if len(output.shape) == 4]
-    if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4
-            or inputs[0].shape[1] not in (3, "c", "C", None) or not outputs):
+    takes = inputs[0].shape  # an open side is no number
+    if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(takes) != 4 or not outputs
+            or isinstance(takes[1], int) and takes[1] != 3):
         raise InputError(f"{path} must take float32 images (B, 3, H, W) and give heatmaps; it "
                          f"takes {[(item.type, item.shape) for item in inputs]}")
-    fixed = inputs[0].shape[0]
 
     def forward(images):
-        batch = fixed if isinstance(fixed, int) else len(images)
+        batch = takes[0] if isinstance(takes[0], int) else len(images)
         missing = np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)
         filled = np.concatenate([images.numpy(), missing])
         with reading(path, f"a network for images {tuple(images.shape)}, see --input"):
@@ -887,13 +887,24 @@ def draw_attention(network, picture, person, joint):
     seen = seen.resize((factor * seen.width, factor * seen.height))
     keypoint = person.keypoints[network.skeleton.joints.index(joint), :2]
     x, y = factor * transform(keypoint[None], matrix)[0]
+    seen_by = {}  # stage -> what its Non-Local module was given, (1,C,h,w)
+    modules = {number: stage.hourglass.neck.non_local
+               for number, stage in enumerate(network.model.stages, start=1)
+               if hasattr(stage.hourglass.neck, "non_local")}
+    hooks = [module.register_forward_pre_hook(
+        lambda module, inputs, number=number: seen_by.update({number: inputs[0]}))
+        for number, module in modules.items()]
+    network(crops)
+    for hook in hooks:
+        hook.remove()
     tiles = []
-
-    def draw(module, inputs, output, stage):  # a forward hook
-        h, w = inputs[0].shape[2:]
+    for number, features in seen_by.items():
+        h, w = features.shape[2:]
         column = int(np.clip(x * w // seen.width, 0, w - 1))
         row = int(np.clip(y * h // seen.height, 0, h - 1))
-        looks = module.attention(inputs[0])[0, row * w + column].reshape(h, w).float().cpu().numpy()
+        with torch.no_grad():
+            attention = modules[number].attention(features)[0]  # (h*w,h*w)
+        looks = attention[row * w + column].reshape(h, w).float().cpu().numpy()
         low = looks.min()
         high = looks.max()
         spread = Image.fromarray(looks - low).resize(seen.size, Image.Resampling.NEAREST)
@@ -902,16 +913,8 @@ def draw_attention(network, picture, person, joint):
         corner = cell * (column, row)
         ImageDraw.Draw(tile).rectangle((*corner, *corner + cell), outline=data.MIDDLE, width=3)
         tiles.append(data.titled(tile, [
-            f"stage {stage}, gamma {float(module.gamma):.2f}, from the {joint}'s cell",
+            f"stage {number}, gamma {modules[number].gamma.item():.2f}, from the {joint}'s cell",
             f"{low:.1%} (dark) to {high:.1%} (bright) of its attention a cell"]))
-
-    hooks = [module.register_forward_hook(
-                 lambda module, inputs, output, stage=stage: draw(module, inputs, output, stage))
-             for stage, part in enumerate(network.model.stages, start=1)
-             for module in part.modules() if isinstance(module, NonLocal)]
-    network(crops)
-    for hook in hooks:
-        hook.remove()
     return data.grid(tiles, columns=len(tiles))
 
 
