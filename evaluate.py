@@ -347,7 +347,7 @@ class Network:
     """A network and all that belongs to it, made by open_network.
 
     network(crops): crops (B,H,W,3) uint8 RGB -> the last stage's heatmaps (B,K,h,w), float32.
-    forward: function of normalised images (B,3,H,W) -> list of S heatmaps. info: model_info's.
+    forward: function of normalised images (B,3,H,W) -> list with S heatmaps. info: model_info's.
     model: the LAPX, None for an ONNX file. path names it in errors.
     """
 
@@ -385,12 +385,13 @@ class Network:
     @torch.no_grad()
     def stages(self, crops):
         """The heatmaps of all stages that the network gives, a list of (B,K,h,w)."""
-        heatmaps = [stage.float() for stage in self.forward(self.prepare(crops))]
+        outputs = self.forward(self.prepare(crops))
         wanted = (len(self.skeleton.joints), *heatmap_size(*self.size))
-        if heatmaps[-1].shape[1:] != wanted:
-            raise InputError(f"{self.path} gives heatmaps {tuple(heatmaps[-1].shape[1:])}, not "
-                             f"{wanted} (joints, height, width); choose --skeleton and --input "
-                             "accordingly")
+        heatmaps = [output.float() for output in outputs if output.shape[1:] == wanted]
+        if not heatmaps:
+            found = [tuple(output.shape[1:]) for output in outputs]
+            raise InputError(f"{self.path} gives {found}, not heatmaps {wanted} (joints, height, "
+                             "width); choose --skeleton and --input accordingly")
         return heatmaps
 
     def __call__(self, crops):
@@ -486,24 +487,23 @@ def open_session(path, threads=0, profile=None, optimised=True):
 
 
 def session_forward(session, path):
-    """An ONNX Runtime session -> function of images (B,3,H,W) -> list of heatmaps (B,K,h,w).
+    """An ONNX Runtime session -> function of images (B,3,H,W) -> its outputs, a list of tensors.
 
-    The heatmaps are the outputs with four dimensions. A batch that the file fixes is filled up.
+    A batch that the file fixes is filled up.
     """
     inputs = session.get_inputs()
-    outputs = [output.name for output in session.get_outputs() if len(output.shape) == 4]
     takes = inputs[0].shape  # an open side is no number
-    if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(takes) != 4 or not outputs
+    if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(takes) != 4
             or isinstance(takes[1], int) and takes[1] != 3):
-        raise InputError(f"{path} must take float32 images (B, 3, H, W) and give heatmaps; it "
-                         f"takes {[(item.type, item.shape) for item in inputs]}")
+        raise InputError(f"{path} must take float32 images (B, 3, H, W); it takes "
+                         f"{[(item.type, item.shape) for item in inputs]}")
 
     def forward(images):
         batch = takes[0] if isinstance(takes[0], int) else len(images)
         missing = np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)
         filled = np.concatenate([images.numpy(), missing])
         with reading(path, f"a network for images {tuple(images.shape)}, see --input"):
-            runs = [session.run(outputs, {inputs[0].name: filled[start:start + batch]})
+            runs = [session.run(None, {inputs[0].name: filled[start:start + batch]})
                     for start in range(0, len(filled), batch)]
         return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
 

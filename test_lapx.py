@@ -840,7 +840,7 @@ def test_predictions_do_not_depend_on_batches_and_processes(weights, mpii):
 
 def test_heatmaps_of_another_stride_or_number_of_joints_are_refused(mpii):
     network = network_of(lambda images: [torch.zeros(len(images), 16, 8, 8)], (64, 64))
-    with pytest.raises(InputError, match=r"heatmaps \(16, 8, 8\), not \(16, 16, 16\)"):
+    with pytest.raises(InputError, match=r"\(16, 8, 8\)\], not heatmaps \(16, 16, 16\)"):
         evaluate.predict(network, data.read_mpii(mpii, "valid"))
 
 
@@ -1773,7 +1773,7 @@ def test_export_says_what_is_wrong(arguments, complaint, onnx_files, monkeypatch
 
 @pytest.mark.parametrize("arguments, complaint", [
     (["--input", "64x64"], "a network for images (1, 3, 64, 64)"),
-    (["--skeleton", "coco"], "gives heatmaps (16, 16, 24)")])
+    (["--skeleton", "coco"], "gives [(16, 16, 24)], not heatmaps (17, 16, 24)")])
 def test_an_onnx_file_that_does_not_fit_gets_a_sentence(arguments, complaint, onnx_files, mpii,
                                                         tmp_path):
     status, said = run("evaluate.py", "--weights", onnx_files[0] / "plain.onnx", "--image",
