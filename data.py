@@ -286,7 +286,7 @@ def read_columns(path, name, entries, shapes, missing={}, lowest={}):
     field is absent, has another number of values, or has one that is not a number up to 1e10.
     """
     columns = {}
-    with reading(path, f"a list of {name}s, each with {', '.join(shapes)}") as where:
+    with reading(path, f"a list, of which each {name} has {', '.join(shapes)}") as where:
         for field, shape in shapes.items():
             values = []
             for number, entry in enumerate(entries):
@@ -868,7 +868,7 @@ def write_png(path, picture):
     buffer = io.BytesIO()
     signature = PngInfo()
     signature.add_text("Software", SIGNATURE)
-    picture.save(buffer, "PNG", pnginfo=signature)
+    picture.save(buffer, "PNG", pnginfo=signature, icc_profile=None)  # would stand before it
     write_file(path, buffer.getvalue())
 
 

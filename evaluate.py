@@ -677,7 +677,8 @@ def evaluate_dataset(args):
         write_metrics(args.out / name, metrics)
     if truth is None:
         print(f"{dataset} {split} has no annotated joints, so there is no score")
-    print(f"wrote {path}" + (f" and {args.out / 'metrics.json'}" if truth else ""))
+    also = " and metrics_no_flip.json" if args.both else ""
+    print(f"wrote {path}" + (f", {args.out / 'metrics.json'}{also}" if truth else ""))
 
 
 def evaluate_results(args):

@@ -489,8 +489,8 @@ def main():
                 PoseDataset(valid, size, skeleton), keypoints, skeleton))
             print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
     except KeyboardInterrupt:
-        print(f"stopped after epoch {len(history)}; go on with: python train.py --resume auto "
-              f"--out {out}", flush=True)
+        print(f"stopped after epoch {len(history)} of {recipe.epochs}; go on with: python train.py "
+              f"--resume auto --out {out}", flush=True)
         os._exit(130)  # at once: loader processes and other GPUs end with us
     finally:
         if world > 1:
