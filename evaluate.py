@@ -9,17 +9,16 @@ one's own pictures.
 
 FILE is mpii, coco or coco-384x288 (the authors' weights, fetched once), a
 checkpoint of train.py, one of the authors' files or an ONNX file of export.py.
-Both metrics are written here by hand, in numpy; COCO's equals pycocotools.
-"""
+Both metrics are written here by hand, in numpy; COCO's equals pycocotools."""
 
 import argparse
 import io
 import json
 import re
 import sys
-import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,8 @@ import torch
 from PIL import Image, ImageDraw
 
 import data
-from data import (DATASETS, PADDING, PoseDataset, affine, computing, flip_order, invert, normalise,
-                  plural, read_columns, transform)
+from data import (DATASETS, PoseDataset, affine, flip_order, normalise, people_in_boxes, plural,
+                  read_columns, transform)
 from lapx import (MEAN, MIN_SIZE, SKELETONS, STD, STRIDE, InputError, Skeleton, decode,
                   from_checkpoint, heatmap_size, load_file, reading, variant_name, weights_path)
 
@@ -40,46 +39,38 @@ def flip_back(heatmaps, order, shift=True):
 
     Mirrored, left and right joints exchanged (order (K,)), and moved one pixel to the right, except
     column 0: since heatmap pixel x lies on input pixel 4x, the mirrored map is 3/4 of a pixel too
-    far left (SimpleBaseline shifts by a whole one, and 1/4 remains).
-    """
+    far left (SimpleBaseline shifts by a whole one, and 1/4 remains)."""
     heatmaps = heatmaps.flip(3)[:, order]
     if shift:
         heatmaps = torch.cat([heatmaps[..., :1], heatmaps[..., :-1]], dim=3)
     return heatmaps
 
 
-def predict(network, people, flip=True, shift=True, quarter_offset=True, batch_size=32, workers=0,
-            progress=None):
+def predict(network, people, flip=True, shift=True, quarter_offset=True, batch_size=32, workers=0):
     """Joints of People: (N,K,3) as x, y in pixels of the pictures, counted from 0, and score.
 
     network: a Network (below). flip: the flip test, which averages the heatmaps of a crop and of
-    its mirror image; shift, quarter_offset: see flip_back and lapx.decode. progress: called with
-    the number of persons done. The test-time protocol is the paper's and SimpleBaseline's.
-    """
+    its mirror image; shift, quarter_offset: see flip_back and lapx.decode. The test-time protocol
+    is the paper's and SimpleBaseline's."""
     keypoints = np.zeros((len(people), len(network.skeleton.joints), 3))
-    order = flip_order(network.skeleton).tolist()
-    to_picture = np.array([invert(affine(center, scale, network.size))  # (N,2,3)
-                           for center, scale in zip(people.center, people.scale)])
     batches = [range(start, min(start + batch_size, len(people)))
                for start in range(0, len(people), batch_size)]
     samples = PoseDataset(people, network.size, network.skeleton)
     loader = data.make_loader(samples, batches, workers, network.device.type == "cuda")
-    with computing(batch_size, network.size):
-        for rows, crops, _, _ in loader:
-            rows = rows.numpy()
-            heatmaps = network(crops)  # (B,K,h,w)
-            if flip:
-                mirrored = network(crops.flip(2))  # crops are (B,H,W,3)
-                heatmaps = (heatmaps + flip_back(mirrored, order, shift)) / 2
-            points, scores = decode(heatmaps, quarter_offset)  # (B,K,2), (B,K)
-            points = STRIDE * points.cpu().double().numpy()
-            keypoints[rows, :, :2] = transform(points, to_picture[rows])
-            keypoints[rows, :, 2] = scores.cpu().numpy()
-            if not np.isfinite(keypoints[rows]).all():
-                raise InputError("the network's heatmaps are NaN or infinite; take an earlier "
-                                 "checkpoint")
-            if progress:
-                progress(rows[-1] + 1)
+    for rows, crops, _, _ in data.progress(loader, "batches"):
+        rows = rows.numpy()
+        heatmaps = network(crops)  # (B,K,h,w)
+        if flip:
+            mirrored = network(crops.flip(2))  # crops are (B,H,W,3)
+            heatmaps = (heatmaps + flip_back(mirrored, network.flip_order, shift)) / 2
+        points, scores = decode(heatmaps, quarter_offset)  # (B,K,2), (B,K)
+        to_picture = np.linalg.inv([affine(people.center[row], people.scale[row], network.size)
+                                    for row in rows])  # (B,3,3)
+        keypoints[rows, :, :2] = transform(STRIDE * points.cpu().double().numpy(), to_picture)
+        keypoints[rows, :, 2] = scores.cpu().numpy()
+        if not np.isfinite(keypoints[rows]).all():
+            raise InputError("the network's heatmaps are NaN or infinite; take an earlier "
+                             "checkpoint")
     return keypoints
 
 
@@ -95,8 +86,7 @@ def pckh(predictions, joints, visible, head_sizes):
 
     predictions, joints (N,16,2) in one frame; visible (N,16) bool; head_sizes (N,) in pixels.
     A distance of exactly half a head size is a hit. A column is the unweighted mean of left and
-    right; Mean is over all visible joints but pelvis and thorax. NaN where no joint is visible.
-    """
+    right; Mean is over all visible joints but pelvis and thorax. NaN where no joint is visible."""
     distance = np.linalg.norm(predictions - joints, axis=2) / head_sizes[:, None]  # (N,16)
 
     def percentage(indices, threshold):
@@ -127,8 +117,7 @@ def object_keypoint_similarity(found, truth, area, box, sigmas):
     """OKS of D detections with one person: found (D,K,2) and truth (K,3) in pixels, the person's
     area and box (x, y, width, height), sigmas (K,) -> (D,).
 
-    The mean over the labelled joints of exp(-d^2 / (2 (2 sigma)^2 area)), d being the distance.
-    """
+    The mean over the labelled joints of exp(-d^2 / (2 (2 sigma)^2 area)), d being the distance."""
     labelled = truth[:, 2] > 0
     if labelled.any():
         difference = found[:, labelled] - truth[labelled, :2]  # (D,L,2), L labelled joints
@@ -150,8 +139,7 @@ def match(similarity, ignored, crowd, threshold):
 
     A detection takes the most similar person that is still free (of equals the later one, as in
     pycocotools). One that is ignored is taken only if none that counts is similar enough. A crowd
-    is never used up.
-    """
+    is never used up."""
     order = sorted(range(len(ignored)), key=lambda person: ignored[person])  # stable
     taken = set()
     matches = []
@@ -175,30 +163,27 @@ def match(similarity, ignored, crowd, threshold):
 def precision_and_recall(scores, hit, left_out, total):
     """Detections of the whole data set -> precision at RECALLS (T,101), final recall (T,).
 
-    scores (D,); hit, left_out (T,D) bool; total: how many persons there are to find. -1 if none.
-    """
+    scores (D,); hit, left_out (T,D) bool; total: how many persons there are to find. -1 if none."""
+    precision = np.full((len(THRESHOLDS), len(RECALLS)), -1.0)
     if total == 0:
-        return np.full((len(THRESHOLDS), len(RECALLS)), -1.0), np.full(len(THRESHOLDS), -1.0)
+        return precision, np.full(len(THRESHOLDS), -1.0)
     order = np.argsort(-scores, kind="stable")
     true = np.cumsum((hit & ~left_out)[:, order], axis=1)  # (T,D)
     false = np.cumsum((~hit & ~left_out)[:, order], axis=1)
-    precision = true / (true + false + np.spacing(1))
-    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]  # falls with recall
+    falling = true / (true + false + np.spacing(1))
+    falling = np.maximum.accumulate(falling[:, ::-1], axis=1)[:, ::-1]  # it falls with recall
+    falling = np.column_stack([falling, np.zeros(len(THRESHOLDS))])  # 0 for recalls never reached
     recall = true / total
-    at_recalls = np.zeros((len(THRESHOLDS), len(RECALLS)))
     for t in range(len(THRESHOLDS)):
-        position = np.searchsorted(recall[t], RECALLS)
-        reached = position < len(scores)
-        at_recalls[t, reached] = precision[t, position[reached]]
-    return at_recalls, recall[:, -1] if len(scores) else np.zeros(len(THRESHOLDS))
+        precision[t] = falling[t, np.searchsorted(recall[t], RECALLS)]
+    return precision, recall.max(1, initial=0)
 
 
 def coco_ap(file, results, sigmas):
     """The ten numbers of COCO's keypoint task, equal to pycocotools: {AP, AP50, ..., ARL}.
 
-    file: a CocoFile. results: columns image_id (D,), keypoints (D,K,3), score (D,), area (D,) of
-    detections, as results_columns gives them. -1 where there is nobody to find.
-    """
+    file: a data.CocoFile. results: columns image_id (D,), keypoints (D,K,3), score (D,), area (D,)
+    of detections, as results_columns gives them. -1 where there is nobody to find."""
     persons = file.persons
     sigmas = np.asarray(sigmas)
     unknown = np.setdiff1d(results["image_id"], file.images["id"])
@@ -279,8 +264,7 @@ def oks_nms(points, scores, areas, sigmas, threshold=0.9):
     """Which persons of one picture to keep, best first: those not more similar than threshold to a
     better one. points (n,K,2), scores (n,), areas (n,), all in pixels of the picture.
 
-    Unlike in the metric, all joints count and the area is the mean of the two boxes' (HRNet).
-    """
+    Unlike in the metric, all joints count and the area is the mean of the two boxes' (HRNet)."""
     squared = ((points[:, None] - points[None]) ** 2).sum(3)  # (n,n,K)
     area = (areas[:, None] + areas[None]) / 2 + np.spacing(1)  # (n,n)
     similarity = np.exp(-squared / (2 * np.asarray(sigmas)) ** 2 / (2 * area[..., None])).mean(2)
@@ -288,48 +272,43 @@ def oks_nms(points, scores, areas, sigmas, threshold=0.9):
     for row in np.argsort(-scores, kind="stable"):
         if (similarity[row, kept] <= threshold).all():
             kept.append(row)
-    return np.array(kept)
+    return np.array(kept, int)
 
 
-def coco_results(keypoints, people, size, sigmas):
+def coco_results(keypoints, people, network):
     """Predictions -> what COCO's server takes: a list of {image_id, category_id, keypoints, score}.
 
     keypoints (N,K,3) in pixels of the pictures. Of persons on one picture that are more alike than
-    an OKS of 0.9 only the best is kept.
-    """
+    an OKS of 0.9 only the best is kept."""
     scores = person_scores(keypoints, people)
-    areas = box_areas(people, size)
+    areas = box_areas(people, network.size)
     rows_in = defaultdict(list)  # pictures in the order of their first appearance
     for row, image_id in enumerate(people.image_id.tolist()):
         rows_in[image_id].append(row)
     results = []
     for image_id, rows in rows_in.items():
         rows = np.array(rows)
-        for row in rows[oks_nms(keypoints[rows, :, :2], scores[rows], areas[rows], sigmas)]:
-            results.append({"image_id": image_id, "category_id": people.category,
+        kept = oks_nms(keypoints[rows, :, :2], scores[rows], areas[rows], network.skeleton.sigmas)
+        for row in rows[kept]:
+            results.append({"image_id": image_id, "category_id": people.truth.category,
                             "keypoints": keypoints[row].ravel().tolist(),
                             "score": float(scores[row])})
     return results
 
 
-def results_columns(entries, path, num_joints, category=1):
+def results_columns(entries, path, num_joints, category):
     """COCO results, a parsed file -> {image_id (D,), keypoints (D,K,3), score (D,), area (D,)}.
 
     The area is that of the box, if the first result has one, else of the joints' extent, as in
-    pycocotools. InputError, naming path, if it is not a list of such results.
-    """
-    with reading(path, "a list of results, each with category_id"):
+    pycocotools. InputError, naming path, if it is not a list of such results."""
+    with reading(path, f"a list of results, some with the category_id {category} of persons"):
         entries = [entry for entry in entries if entry["category_id"] == category]
-        boxed = "bbox" in entries[0] if entries else False
-    if not entries:
-        raise InputError(f"{path} has no result of the category {category} of persons")
+        boxed = "bbox" in entries[0]
     shapes = {"image_id": (), "score": (), "keypoints": (3 * num_joints,)}
     columns = read_columns(path, "result", entries, shapes | ({"bbox": (4,)} if boxed else {}))
     columns["keypoints"] = columns["keypoints"].reshape(len(entries), num_joints, 3)
-    if boxed:
-        columns["area"] = columns["bbox"][:, 2] * columns["bbox"][:, 3]
-    else:
-        columns["area"] = np.prod(np.ptp(columns["keypoints"][..., :2], axis=1), axis=1)
+    extent = columns["bbox"][:, 2:] if boxed else np.ptp(columns["keypoints"][..., :2], axis=1)
+    columns["area"] = extent[:, 0] * extent[:, 1]
     return columns
 
 
@@ -348,8 +327,7 @@ class Network:
 
     network(crops): crops (B,H,W,3) uint8 RGB -> the last stage's heatmaps (B,K,h,w), float32.
     forward: function of normalised images (B,3,H,W) -> list with S heatmaps. info: model_info's.
-    model: the LAPX, None for an ONNX file. path names it in errors.
-    """
+    model: the LAPX, None for an ONNX file. path names it in errors."""
 
     def __init__(self, forward, info, device="cpu", model=None, path="the network"):
         self.forward = forward
@@ -359,28 +337,26 @@ class Network:
         self.path = path
         with reading(path, "a network with its joints, input size, mean, std and colours") as where:
             where.entry = "what train.py and export.py store as info"
-            names = {key: tuple(map(tuple, value)) if key in ("flip_pairs", "limbs")
-                     else tuple(value) for key, value in info["skeleton"].items()}
-            self.skeleton = Skeleton(**names)
+            self.skeleton = Skeleton(**{
+                key: tuple(map(tuple, value)) if key in ("flip_pairs", "limbs") else tuple(value)
+                for key, value in info["skeleton"].items()})
             self.size = data.image_size("{}x{}".format(*info["input"]))
-            self.mean = tuple(map(float, info["mean"]))
-            self.std = tuple(map(float, info["std"]))
-            self.bgr = {"RGB": False, "BGR": True}[info["colour"]]
+            self.normalisation = ({"RGB": False, "BGR": True}[info["colour"]],
+                                  tuple(map(float, info["mean"])), tuple(map(float, info["std"])))
             self.dataset = info["dataset"]
-            pairs = [*self.skeleton.flip_pairs, *self.skeleton.limbs]
-            joints = range(len(self.skeleton.joints))
-            if not (len(self.mean) == len(self.std) == 3 and min(self.std) > 0
-                    and self.dataset in (None, *DATASETS) and all(map(str.strip, names["joints"]))
-                    and all(a in joints and b in joints for a, b in pairs)):
-                raise ValueError("its values don't fit each other")
+            # what does not fit each other fails here
+            DATASETS[self.dataset or "mpii"]
+            data.draw_pose(Image.new("RGB", (9, 9)), np.ones((len(self.skeleton.joints), 3)),
+                           self.skeleton)
+            self.flip_order = flip_order(self.skeleton).tolist()
+            normalise(torch.zeros(1, 9, 9, 3), *self.normalisation)
         # Evaluation computes as training did, but for bfloat16, which is for training alone. The
         # switch is torch's for the whole process.
         torch.backends.cudnn.allow_tf32 = info.get("precision") != "float32"
 
     def prepare(self, crops):
         """Crops (B,H,W,3) uint8 -> the network's input (B,3,H,W), on its device."""
-        crops = crops.to(self.device, non_blocking=True)
-        return normalise(crops, self.bgr, self.mean, self.std)
+        return normalise(crops.to(self.device, non_blocking=True), *self.normalisation)
 
     @torch.no_grad()
     def stages(self, crops):
@@ -401,11 +377,11 @@ class Network:
 def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
     """A Network from a file of weights, a name in lapx.WEIGHTS, or an ONNX file (on the CPU).
 
-    size (height, width), skeleton, bgr: what the file does not tell, or is to be changed.
-    InputError if the file is broken, or lacks what neither it nor the arguments tell.
-    """
+    size (height, width), skeleton (a name in SKELETONS), bgr: what the file does not tell, or is to
+    be changed. InputError if the file is broken, or lacks what neither it nor the arguments tell."""
     path = weights_path(path)
     model = None
+    skeleton = skeleton and SKELETONS[skeleton]
     if path.suffix == ".onnx":
         if device not in ("auto", "cpu"):
             raise InputError(f"{path}: ONNX files run on the CPU here; leave out --device")
@@ -421,8 +397,7 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
         model.to(device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
         forward = model
         info = content.get("info") if isinstance(content, dict) else None
-        if info is None:
-            info = guess_info(model.config, path)
+        info = info or guess_info(model.config, path)
     if info is None and size and skeleton:
         info = model_info(model and model.config, None, skeleton, size)
     if not isinstance(info, dict):
@@ -468,8 +443,7 @@ def open_session(path, threads=0, profile=None, optimised=True):
     """An ONNX Runtime session on the CPU; InputError if the file is not one for it.
 
     threads: 0 for one per core. profile: a prefix of the file that it writes its profile to.
-    optimised: False runs the graph as it is written.
-    """
+    optimised: False runs the graph as it is written."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -480,17 +454,15 @@ def open_session(path, threads=0, profile=None, optimised=True):
     if profile:
         options.enable_profiling = True
         options.profile_file_prefix = profile
-    if not Path(path).is_file():
-        raise InputError(f"{path}: there is no such file")
     with reading(path, "an ONNX file that ONNX Runtime can run"):
+        open(path).close()  # a missing file is told as such
         return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 
 def session_forward(session, path):
     """An ONNX Runtime session -> function of images (B,3,H,W) -> its outputs, a list of tensors.
 
-    A batch that the file fixes is filled up.
-    """
+    A batch that the file fixes is filled up."""
     inputs = session.get_inputs()
     takes = inputs[0].shape  # an open side is no number
     if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(takes) != 4
@@ -512,91 +484,25 @@ def session_forward(session, path):
 
 # ---------------------------------------------------------------------------- scoring a split
 
-@dataclass
-class MPIITruth:
-    """What PCKh compares with."""
-
-    joints: np.ndarray  # (N,16,2) pixels of the pictures, counted from 1
-    visible: np.ndarray  # (N,16) bool
-    head_sizes: np.ndarray  # (N,) pixels
-    source: str  # what the head sizes are
-
-
-def mpii_truth(people, root, split):
-    """The MPIITruth of all People of a split, from gt_{split}.mat if it is there.
-
-    A head size is 0.6 times the diagonal of the head box in that file. Without it the JSON is
-    enough: in MPII the same number is 25 * scale, to within 1e-4 pixels.
-    """
-    for path in [Path(root) / name for name in data.mpii_files(split, "mat")]:
-        if path.is_file():
-            N = len(people)
-            mat = read_mat(path, {"pos_gt_src": (16, 2, N), "jnt_missing": (16, N),
-                                  "headboxes_src": (2, 2, N)})
-            corners = mat["headboxes_src"]  # (2 corners, x y, N)
-            sizes = 0.6 * np.linalg.norm(corners[1] - corners[0], axis=0)
-            if not (sizes > 0).all():
-                raise InputError(f"{path}: the head box of person {np.argmin(sizes > 0)} (from 0) "
-                                 "is empty; fetch the file again, or leave it out")
-            return MPIITruth(mat["pos_gt_src"].transpose(2, 0, 1), mat["jnt_missing"].T == 0, sizes,
-                             f"0.6 * head box diagonal in {path.name}")
-    padded = people.center[:, 0] != -2  # -1 in the JSON: no box, so neither moved nor padded
-    sizes = 25 * people.scale / np.where(padded, PADDING, 1)
-    return MPIITruth(people.joints + 1.0, people.visible, sizes, "25 * scale of the JSON")
-
-
-def read_mat(path, shapes):
-    """Arrays of a MATLAB file as float64: {key: array} for {key: shape}; InputError if it is
-    missing or broken, lacks a key, has another shape or has NaN."""
-    from scipy.io import loadmat  # only where it is needed: it takes a second to import
-
-    with reading(path, f"a MATLAB file with {', '.join(shapes)} of one split") as where:
-        with open(path, "rb") as file:
-            content = loadmat(file)
-        arrays = {}
-        for key, shape in shapes.items():
-            where.entry = key
-            arrays[key] = np.array(content[key], np.float64)
-            if arrays[key].shape != shape:
-                raise ValueError(f"its shape is {arrays[key].shape}, not {shape}")
-            if not np.isfinite(arrays[key]).all():
-                raise ValueError("it has NaN or infinite numbers")
-    return arrays
-
-
-def read_truth(people, dataset, root, split, rows=None):
-    """What predictions of a split are scored against: a CocoFile, or an MPIITruth. rows: indices of
-    the People that are scored, if not all are."""
-    rows = np.arange(len(people)) if rows is None else rows
-    if dataset != "coco":
-        truth = mpii_truth(people, root, split)
-        return MPIITruth(truth.joints[rows], truth.visible[rows], truth.head_sizes[rows],
-                         truth.source)
-    file = data.read_coco_file(data.coco_path(root, split), people.joints.shape[1])
-    if len(rows) < len(people):  # coco_ap passes over the persons of other pictures
-        kept = np.isin(file.images["id"], people.image_id[rows])
-        file.images = {key: values[kept] for key, values in file.images.items()}
-    return file
-
-
-def score(keypoints, people, truth, network):
-    """Predictions (N,K,3), in pixels of the pictures, against read_truth's -> {metric: value}."""
-    if isinstance(truth, MPIITruth):
-        return pckh(keypoints[..., :2] + 1, truth.joints, truth.visible, truth.head_sizes)
-    results = coco_results(keypoints, people, network.size, network.skeleton.sigmas)
+def score(keypoints, people, network):
+    """Predictions (N,K,3) of a whole split, in pixels of the pictures -> {metric: value}."""
+    if people.truth is None:
+        return pckh(keypoints[..., :2] + 1, people.joints + 1, people.visible, people.head_size)
+    results = coco_results(keypoints, people, network)
     columns = results_columns(results, "the predictions", len(network.skeleton.joints),
-                              truth.category)
-    return coco_ap(truth, columns, network.skeleton.sigmas)
+                              people.truth.category)
+    return coco_ap(people.truth, columns, network.skeleton.sigmas)
 
 
-def report(metrics, what, truth):
-    """Prints a result: what was scored and how, the columns, the numbers."""
+def report(metrics, what, heads):
+    """Prints a result: what was scored and how, the columns, the numbers. heads: what PCKh's head
+    sizes are, in words."""
     print(what)
-    if isinstance(truth, MPIITruth):
-        print(f"PCKh@0.5: distance <= half a head size, {truth.source};\n"
-              "Mean over 14 joints, without pelvis and thorax")
-    else:
+    if "AP" in metrics:
         print(f"OKS average precision in percent, {MAX_DETECTIONS} detections a picture")
+    else:
+        print(f"PCKh@0.5: distance <= half a head size, {heads};\n"
+              "Mean over 14 joints, without pelvis and thorax")
     width = 7 if "AP" in metrics else 8
     factor = 100 if "AP" in metrics else 1
     print(" ".join(f"{name:>{width}}" for name in metrics))
@@ -606,24 +512,29 @@ def report(metrics, what, truth):
 
 
 def write_metrics(path, metrics):
-    plain = {key: None if np.isnan(value) else value for key, value in metrics.items()}
-    data.write_file(path, json.dumps(plain, indent=1) + "\n")
+    data.write_json(path, {key: None if np.isnan(value) else value
+                           for key, value in metrics.items()})
+    print(f"wrote {path}")
 
 
-def write_predictions(out, keypoints, people, dataset, network):
-    """pred.mat as MPII's evaluation takes it, or results.json as COCO's server does. -> path."""
-    if dataset == "coco":
+def write_predictions(out, keypoints, people, network):
+    """pred.mat as MPII's evaluation takes it, or results.json as COCO's server does."""
+    if people.truth:
         path = out / "results.json"
-        results = coco_results(keypoints, people, network.size, network.skeleton.sigmas)
-        data.write_file(path, json.dumps(results))
+        content = json.dumps(coco_results(keypoints, people, network))
     else:
         from scipy.io import savemat
 
         path = out / "pred.mat"
         buffer = io.BytesIO()
         savemat(buffer, {"preds": keypoints[..., :2] + 1})
-        data.write_file(path, buffer.getvalue())
-    return path
+        content = buffer.getvalue()
+    data.write_file(path, content)
+    print(f"wrote {path}")
+
+
+def network_of(args):
+    return open_network(args.weights, args.device, args.input, args.skeleton, args.bgr)
 
 
 def protocol(args):
@@ -634,51 +545,35 @@ def protocol(args):
 
 def evaluate_dataset(args):
     """Predicts a split with a network and scores it, or only predicts if nothing is annotated."""
-    network = open_network(args.weights, args.device, args.input, chosen_skeleton(args), args.bgr)
+    network = network_of(args)
     dataset = args.dataset or network.dataset
     if not dataset:
         raise InputError(f"{args.weights} does not say what it was trained on; name a --dataset, "
                          "or an --image")
     if dataset != "coco" and args.boxes != "gt":
         raise InputError(f"--boxes means nothing with {dataset}, whose boxes are annotated")
-    info = DATASETS[dataset]
-    ours = len(network.skeleton.joints)
-    theirs = len(SKELETONS[info.skeleton].joints)
-    if dataset != network.dataset and not args.skeleton and ours != theirs:
-        raise InputError(f"{args.weights} predicts {ours} joints, {dataset} has {theirs}; choose "
-                         "another --dataset")
-    split = args.split or info.valid
-    root = data.data_folder(args.data, dataset)
-    unscored = dataset == "coco" and data.coco_path(root, split).name.startswith("image_info")
-    if unscored and args.boxes == "gt":
-        raise InputError(f"{dataset} {split} has no annotated persons; give a detector's boxes "
-                         "with --boxes FILE.json")
-    people = data.load_people(dataset, root, split, network.size, network.skeleton, args.boxes)
-    truth = None
-    if not unscored and (dataset == "coco" or people.visible.any()):
-        truth = read_truth(people, dataset, root, split)
-        if dataset == "coco" and not truth.persons["num_keypoints"].any():
-            raise InputError(f"{truth.path} has nobody with labelled joints to score")
+    split = args.split or DATASETS[dataset].splits[1]
+    people = data.load_people(dataset, data.data_folder(args.data, dataset), split, network.size,
+                              network.skeleton, args.boxes)
+    scored = (people.truth.persons["num_keypoints"] if people.truth else people.visible).any()
     # DIFFERS: boxes of COCO's persons. The paper's numbers are with a detector's boxes, ours are
     # with annotated ones unless --boxes names a file: about 2 AP more. The result line says which.
     boxes = "annotated (gt)" if args.boxes == "gt" else f"of {args.boxes}"
     for flip in [False, True] if args.both else [not args.no_flip]:
         keypoints = predict(network, people, **protocol(args) | {"flip": flip},
-                            workers=args.workers, progress=show_progress(len(people)))
-        path = write_predictions(args.out, keypoints, people, dataset, network)
-        if truth is None:
-            continue
-        metrics = score(keypoints, people, truth, network)
-        options = [("no flip test" if not flip else "flip test without shift" if args.no_shift
-                    else "flip test with shift")] + ["no quarter offset"] * args.no_offset
-        report(metrics, f"{dataset} {split}, {plural(len(people), 'person')}, boxes {boxes},\n"
-               f"input {network.size[0]}x{network.size[1]}, {', '.join(options)}", truth)
-        name = "metrics.json" if flip or not args.both else "metrics_no_flip.json"
-        write_metrics(args.out / name, metrics)
-    if truth is None:
+                            workers=args.workers)
+        write_predictions(args.out, keypoints, people, network)
+        if scored:
+            metrics = score(keypoints, people, network)
+            options = [("no flip test" if not flip else "flip test without shift" if args.no_shift
+                        else "flip test with shift")] + ["no quarter offset"] * args.no_offset
+            report(metrics, f"{dataset} {split}, {plural(len(people), 'person')}, boxes {boxes},\n"
+                   f"input {network.size[0]}x{network.size[1]}, {', '.join(options)}",
+                   people.head_source)
+            name = "metrics.json" if flip or not args.both else "metrics_no_flip.json"
+            write_metrics(args.out / name, metrics)
+    if not scored:
         print(f"{dataset} {split} has no annotated joints, so there is no score")
-    also = " and metrics_no_flip.json" if args.both else ""
-    print(f"wrote {path}" + (f", {args.out / 'metrics.json'}{also}" if truth else ""))
 
 
 def evaluate_results(args):
@@ -687,43 +582,28 @@ def evaluate_results(args):
     if path.suffix == ".mat":
         dataset = args.dataset or "mpii"
         split = args.split or "valid"
-        root = data.data_folder(args.data, dataset)
         if dataset == "coco" or args.annotations or args.skeleton:
             raise InputError(f"{path}: a .mat file has MPII's joints; --annotations, --skeleton "
                              "and coco mean nothing with it")
-        people = DATASETS[dataset].read(root, split)
-        predictions = read_mat(path, {"preds": (len(people), 16, 2)})["preds"]
-        truth = mpii_truth(people, root, split)
-        metrics = pckh(predictions, truth.joints, truth.visible, truth.head_sizes)
-        report(metrics, f"{path}: {dataset} {split}, {plural(len(people), 'person')}", truth)
+        people = DATASETS[dataset].read(data.data_folder(args.data, dataset), split)
+        predictions = data.read_mat(path, {"preds": (len(people), 16, 2)})["preds"]
+        metrics = pckh(predictions, people.joints + 1, people.visible, people.head_size)
+        report(metrics, f"{path}: {dataset} {split}, {plural(len(people), 'person')}",
+               people.head_source)
     else:
         if not args.annotations or args.data or args.split or args.dataset not in (None, "coco"):
             raise InputError("COCO results are scored against --annotations FILE, and by that "
                              "alone (no --dataset, --data or --split)")
         skeleton = SKELETONS[args.skeleton or "coco"]
-        truth = data.read_coco_file(args.annotations, len(skeleton.joints))
+        K = len(skeleton.joints)
+        truth = data.read_coco_file(args.annotations, K)
         if not truth.persons["num_keypoints"].any():
             raise InputError(f"{args.annotations} has nobody with labelled joints to score")
-        columns = results_columns(data.read_json(path), path, len(skeleton.joints), truth.category)
+        columns = results_columns(data.read_json(path), path, K, truth.category)
         metrics = coco_ap(truth, columns, skeleton.sigmas)
         count = plural(len(columns["score"]), "detection")
-        report(metrics, f"{path}: {count}, {args.annotations}", truth)
+        report(metrics, f"{path}: {count}, {args.annotations}", None)
     write_metrics(args.out / "metrics.json", metrics)
-    print(f"wrote {args.out / 'metrics.json'}")
-
-
-def show_progress(total, what="persons"):
-    """A function that writes "done/total" over one line of a terminal; None when there is none."""
-    if not sys.stderr.isatty():
-        return None
-    start = time.monotonic()
-
-    def show(done):
-        left = (time.monotonic() - start) * (total - done) / done
-        end = "\r" if done < total else "\r" + " " * 60 + "\r"
-        print(f"  {done}/{total} {what}, {left:.0f} s left   ", end=end, file=sys.stderr,
-              flush=True)
-    return show
 
 
 # ---------------------------------------------------------------------------- own pictures
@@ -731,49 +611,42 @@ def show_progress(total, what="persons"):
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
-@dataclass
-class Person:
-    """A person found in a picture, in pixels of it."""
-
-    box: np.ndarray  # (4,) x, y, width, height
-    keypoints: np.ndarray  # (K,3) x, y, score
-    score: float
-
-
 def predict_picture(network, picture, boxes=None, scores=None, flip=True, shift=True,
                     quarter_offset=True, batch_size=32):
-    """The persons in a Pillow picture, a list of Person, best first, doubles left out.
+    """The persons in a Pillow picture, best first, doubles left out; each is a dictionary of plain
+    types {"box": [x, y, width, height], "score": s, "joints": {name: [x, y, score], ...}}.
 
     boxes (n,4): x, y, width, height of each person in pixels; default: one that fills the picture.
     scores (n,): of the boxes, default 1. The others: see predict. InputError for impossible boxes.
     """
-    boxes = np.array([[0, 0, *picture.size]] if boxes is None else boxes, float)
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or not (
-            np.isfinite(boxes).all() and (boxes[:, 2:] > 0).all()
+    boxes = np.array([[0, 0, *picture.size]] if boxes is None else boxes, float).reshape(-1, 4)
+    if not (np.isfinite(boxes).all() and (boxes[:, 2:] > 0).all()
             and (boxes[:, :2] < picture.size).all() and (boxes[:, :2] + boxes[:, 2:] > 0).all()):
         raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in "
                          f"the picture of {picture.width}x{picture.height}, not all of "
                          f"{boxes.tolist()[:5]} do")
-    scores = np.ones(len(boxes)) if scores is None else np.asarray(scores, float)
-    K = len(network.skeleton.joints)
-    people = data.people_in_boxes(boxes, scores, network.size, K, image=picture.convert("RGB"))
+    people = people_in_picture(network, picture, boxes, scores)
     keypoints = predict(network, people, flip, shift, quarter_offset, batch_size)
     found = person_scores(keypoints, people)
-    sigmas = network.skeleton.sigmas or [0.07] * K  # about the mean of COCO's
+    sigmas = network.skeleton.sigmas or [0.07] * keypoints.shape[1]  # about the mean of COCO's
     kept = oks_nms(keypoints[..., :2], found, box_areas(people, network.size), sigmas)
-    return [Person(boxes[row], keypoints[row], float(found[row])) for row in kept]
+    return [{"box": boxes[row].tolist(), "score": float(found[row]),
+             "joints": dict(zip(network.skeleton.joints, keypoints[row].tolist()))} for row in kept]
+
+
+def people_in_picture(network, picture, boxes, scores=None):
+    N = len(boxes)
+    return people_in_boxes(boxes, np.ones(N) if scores is None else np.asarray(scores, float),
+                           network.size, len(network.skeleton.joints), image_id=np.zeros(N, int),
+                           source=picture.convert("RGB"), files=np.zeros(N, "S1"))
 
 
 def pictures_in(places):
-    """The pictures among files and in folders, as paths, but for our own drawings in folders;
-    InputError if there is none."""
+    """The pictures among files and in folders, as paths; InputError if there is none."""
     paths = []
     for place in map(Path, places):
-        if place.is_dir():
-            paths += [path for path in sorted(place.iterdir())
-                      if path.suffix.lower() in PICTURES and not data.is_ours(path)]
-        else:
-            paths.append(place)
+        paths += [path for path in sorted(place.iterdir())
+                  if path.suffix.lower() in PICTURES] if place.is_dir() else [place]
     if not paths:
         raise InputError(f"{places[0]} has no pictures ({', '.join(sorted(PICTURES))})")
     return paths
@@ -781,149 +654,122 @@ def pictures_in(places):
 
 def evaluate_pictures(args):
     """Predicts, draws and writes one's own pictures; a broken one is told and left out."""
-    network = open_network(args.weights, args.device, args.input, chosen_skeleton(args), args.bgr)
+    network = network_of(args)
     if args.attention and args.attention not in network.skeleton.joints:
         raise InputError(f"--attention {args.attention!r} is none of the network's joints: "
                          f"{', '.join(network.skeleton.joints)}")
     if args.attention and not (network.model and network.model.non_locals()):
         raise InputError("--attention needs a checkpoint of a variant with Non-Local modules")
     paths = pictures_in(args.image)
-    detected = None
+    if args.out.resolve() in [path.resolve().parent for path in paths]:
+        raise InputError(f"{args.out} has the pictures themselves; choose another --out")
+    if len({path.stem for path in paths}) < len(paths):
+        raise InputError("some pictures have the same name, by which results are written; give them "
+                         "one by one, each with another --out")
+    detected = {path: (args.box, None) for path in paths}
     if args.boxes != "gt":
-        by_id = {int(path.stem): path for path in paths if path.stem.isdigit()}
-        by_name = {}
+        found, boxes, scores = data.read_detections(
+            args.boxes, {int(path.stem): path for path in paths if path.stem.isdigit()},
+            {path.name: path for path in paths})
         for path in paths:
-            if by_name.setdefault(path.name, path) != path:
-                raise InputError(f"{path} and {by_name[path.name]} have the same name, so that "
-                                 "--boxes does not tell them apart")
-        names, boxes, scores = data.read_detections(args.boxes, by_id, by_name)
-        detected = defaultdict(list)
-        for row, name in enumerate(names):
-            detected[name].append(row)
+            rows = [row for row, other in enumerate(found) if other == path]
+            detected[path] = (boxes[rows], scores[rows])
     failed = 0
-    stems = set()
     for path in paths:
-        stem = path.stem
-        while stem in stems:  # pictures of one name from several folders
-            stem += "_"
-        stems.add(stem)
         try:
             picture = data.open_picture(path, upright=True)
-            if detected is None:
-                persons = predict_picture(network, picture, args.box, **protocol(args))
-            elif detected[path]:
-                persons = predict_picture(network, picture, boxes[detected[path]],
-                                          scores[detected[path]], **protocol(args))
-            else:
-                persons = []
-            write_picture(args, stem, path, picture, persons, network)
+            persons = predict_picture(network, picture, *detected[path], **protocol(args))
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1
+            continue
+        write_picture(args, path, picture, persons, network)
     if failed:
         sys.exit(f"error: {failed} of {plural(len(paths), 'picture')} could not be done")
 
 
-def write_picture(args, stem, path, picture, persons, network):
+def write_picture(args, path, picture, persons, network):
     """Writes what was found in a picture: the drawing, the JSON and sheets, beside each other."""
-    content = [{"box": person.box.tolist(), "score": person.score, "joints": [
-        {"name": name, "x": x, "y": y, "score": score}
-        for name, (x, y, score) in zip(network.skeleton.joints, person.keypoints.tolist())]}
-        for person in persons]
-    shown = [person for person in persons if person.score > args.threshold]
+    data.write_json(args.out / f"{path.stem}_pose.json", {"picture": str(path), "persons": persons})
+    shown = [person for person in persons if person["score"] > args.threshold]
     drawn = picture.copy()
     for person in reversed(shown):
-        data.draw_pose(drawn, person.keypoints, network.skeleton, args.threshold)
-    drawings = {f"{stem}_pose.png": drawn}
+        keypoints = np.array(list(person["joints"].values()))
+        data.draw_pose(drawn, keypoints, network.skeleton, args.threshold)
+    data.write_png(args.out / f"{path.stem}_pose.png", drawn)
     for number, person in enumerate(shown):
         if args.heatmaps:
-            drawings[f"{stem}_heatmaps{number or ''}.png"] = draw_heatmaps(network, picture, person)
+            data.write_png(args.out / f"{path.stem}_heatmaps{number or ''}.png",
+                           draw_heatmaps(network, picture, person))
         if args.attention:
-            drawings[f"{stem}_attention{number or ''}.png"] = draw_attention(
-                network, picture, person, args.attention)
-    for name in [*drawings, f"{stem}_pose.json"]:
-        if (args.out / name).exists() and not data.is_ours(args.out / name):
-            raise InputError(f"{args.out / name} is there already and not made by this program; "
-                             "choose another --out")
-    data.write_file(args.out / f"{stem}_pose.json", json.dumps(
-        {"made by": data.SIGNATURE, "picture": str(path), "persons": content}, indent=1) + "\n")
-    for name, drawing in drawings.items():
-        data.write_png(args.out / name, drawing)
+            data.write_png(args.out / f"{path.stem}_attention{number or ''}.png",
+                           draw_attention(network, picture, person, args.attention))
     print(f"{path}: {plural(len(persons), 'person')}, {len(shown)} drawn (scores above "
-          f"{args.threshold:g}) -> {args.out / stem}_pose.png, .json", flush=True)
+          f"{args.threshold:g}) -> {args.out / path.stem}_pose.png, .json", flush=True)
 
 
 def crop_of(network, picture, box):
     """The crop of a box as the network sees it: (1,H,W,3) uint8, and its matrix."""
-    (center,), (scale,) = data.box_to_center_scale(np.array([box], float), network.size)
-    matrix = affine(center, scale, network.size)
-    return torch.from_numpy(data.crop(picture, matrix, network.size))[None], matrix
+    people = people_in_picture(network, picture, np.array([box], float))
+    _, crop, _, _ = PoseDataset(people, network.size, network.skeleton)[0]
+    return crop[None], affine(people.center[0], people.scale[0], network.size)
 
 
 def draw_heatmaps(network, picture, person):
     """A sheet of all stages' heatmaps over the crop, eight joints a row, the peaks marked."""
-    crops, _ = crop_of(network, picture, person.box)
-    height, width = network.size
-    factor = 192 / width
-    seen = Image.fromarray(crops[0].numpy()).resize((192, round(height * factor)))
+    crops, _ = crop_of(network, picture, person["box"])
+    factor = 192 / network.size[1]
+    seen = Image.fromarray(crops[0].numpy()).resize((192, round(network.size[0] * factor)))
+    blank = Image.new("RGB", seen.size, "white")
     tiles = []
     for number, heatmaps in enumerate(network.stages(crops), start=1):
         points, scores = decode(heatmaps.cpu())
         for k, name in enumerate(network.skeleton.joints):
             peak = float(scores[0, k])
-            tile = data.heat(seen, heatmaps[0, k].cpu(), max(peak, 1e-6))
-            x, y = (factor * STRIDE * points[0, k]).tolist()
-            ImageDraw.Draw(tile).circle((x, y), 5, outline=data.MIDDLE, width=2)
-            tiles.append(data.titled(tile, [f"stage {number}: {name}", f"peak {peak:.2f}"]))
-        blank = Image.new("RGB", tiles[0].size, "white")
+            tile = data.heat(seen, heatmaps[0, k].cpu().numpy() / max(peak, 1e-6),
+                             f"stage {number}: {name}\npeak {peak:.2f}")
+            ImageDraw.Draw(tile).circle((factor * STRIDE * points[0, k]).tolist(), 5,
+                                        outline=data.MIDDLE, width=2)
+            tiles.append(tile)
         tiles += [blank] * (-len(network.skeleton.joints) % 8)  # a stage begins a row
     return data.grid(tiles, columns=8)
 
 
 def draw_attention(network, picture, person, joint):
     """Where the Non-Local modules look from the cell that a joint lies in, one tile a stage."""
-    crops, matrix = crop_of(network, picture, person.box)
+    crops, matrix = crop_of(network, picture, person["box"])
     factor = max(1, round(384 / network.size[1]))
     seen = Image.fromarray(crops[0].numpy())
     seen = seen.resize((factor * seen.width, factor * seen.height))
-    keypoint = person.keypoints[network.skeleton.joints.index(joint), :2]
-    x, y = factor * transform(keypoint[None], matrix)[0]
-    seen_by = {}  # stage -> what its Non-Local module was given, (1,C,h,w)
-    modules = {number: stage.hourglass.neck.non_local
-               for number, stage in enumerate(network.model.stages, start=1)
-               if hasattr(stage.hourglass.neck, "non_local")}
-    hooks = [module.register_forward_pre_hook(
-        lambda module, inputs, number=number: seen_by.update({number: inputs[0]}))
-        for number, module in modules.items()]
+    keypoint = np.array([person["joints"][joint][:2]])
+    place = factor * transform(keypoint, matrix)[0]  # x, y in `seen`
+    tiles = []
+
+    def draw(number, module, inputs, output):  # a forward hook
+        h, w = inputs[0].shape[2:]
+        cell = np.array([seen.width / w, seen.height / h])
+        column, row = np.clip(place // cell, 0, (w - 1, h - 1)).astype(int)
+        attention = module.attention(inputs[0])[0]  # (h*w,h*w)
+        looks = attention[row * w + column].reshape(h, w).float().cpu().numpy()
+        spread = (looks - looks.min()) / max(np.ptp(looks), 1e-9)
+        spread = Image.fromarray(0.6 * spread).resize(seen.size, Image.Resampling.NEAREST)
+        tile = data.heat(seen, spread, f"stage {number}, gamma {module.gamma.item():.2f}, from "
+                         f"the {joint}'s cell\n{looks.min():.1%} (dark) to {looks.max():.1%} "
+                         "(bright) of its attention a cell")
+        corner = cell * (column, row)
+        ImageDraw.Draw(tile).rectangle((*corner, *corner + cell), outline=data.MIDDLE, width=3)
+        tiles.append(tile)
+
+    hooks = [stage.hourglass.neck.non_local.register_forward_hook(partial(draw, number))
+             for number, stage in enumerate(network.model.stages, start=1)
+             if hasattr(stage.hourglass.neck, "non_local")]
     network(crops)
     for hook in hooks:
         hook.remove()
-    tiles = []
-    for number, features in seen_by.items():
-        h, w = features.shape[2:]
-        column = int(np.clip(x * w // seen.width, 0, w - 1))
-        row = int(np.clip(y * h // seen.height, 0, h - 1))
-        with torch.no_grad():
-            attention = modules[number].attention(features)[0]  # (h*w,h*w)
-        looks = attention[row * w + column].reshape(h, w).float().cpu().numpy()
-        low = looks.min()
-        high = looks.max()
-        spread = Image.fromarray(looks - low).resize(seen.size, Image.Resampling.NEAREST)
-        tile = data.heat(seen, spread, max(high - low, 1e-9) / 0.6)  # the picture shines through
-        cell = np.array([seen.width / w, seen.height / h])
-        corner = cell * (column, row)
-        ImageDraw.Draw(tile).rectangle((*corner, *corner + cell), outline=data.MIDDLE, width=3)
-        tiles.append(data.titled(tile, [
-            f"stage {number}, gamma {modules[number].gamma.item():.2f}, from the {joint}'s cell",
-            f"{low:.1%} (dark) to {high:.1%} (bright) of its attention a cell"]))
     return data.grid(tiles, columns=len(tiles))
 
 
 # ---------------------------------------------------------------------------- flags
-
-def chosen_skeleton(args):
-    return SKELETONS[args.skeleton] if args.skeleton else None
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -950,11 +796,10 @@ def main():
     group.add_argument("--attention", metavar="JOINT", help="also draw where the Non-Local modules "
                        'look from that joint, such as "left wrist"')
     group = parser.add_argument_group("how")
-    for flag, what in (("--no-flip", "no flip test"),
-                       ("--no-shift", "no shift of the mirrored map"),
-                       ("--no-offset", "no quarter-pixel offset"),
-                       ("--bgr", "the network was trained on BGR pictures")):
-        group.add_argument(flag, action="store_true", help=what)
+    group.add_argument("--no-flip", action="store_true", help="no flip test")
+    group.add_argument("--no-shift", action="store_true", help="no shift of the mirrored map")
+    group.add_argument("--no-offset", action="store_true", help="no quarter-pixel offset")
+    group.add_argument("--bgr", action="store_true", help="the network was trained on BGR pictures")
     group.add_argument("--batch-size", type=data.number_from(1), default=32,
                        help="default: %(default)s")
     group.add_argument("--workers", type=data.number_from(0, data.cpu_count()),
@@ -968,20 +813,20 @@ def main():
         parser.error("give --weights FILE, or --results FILE to score predictions made elsewhere")
     if args.both and (args.no_flip or args.no_shift):
         parser.error("--both is without and with the flip test and its shift")
-    network = "weights skeleton input bgr no_flip no_shift no_offset batch_size device out".split()
+    if args.box and args.boxes != "gt":
+        parser.error("--box and --boxes are two ways to say the same; give one of them")
+    network = "weights skeleton input bgr no_flip no_shift no_offset batch_size device boxes out"
     if args.results:
-        data.refuse_unused(parser, args, "--results", ["results", "annotations", "dataset", "data",
-                                                       "split", "skeleton", "out"])
+        data.refuse_unused(parser, args, "--results",
+                           "results annotations dataset data split skeleton out")
         evaluate_results(args)
     elif args.image:
-        data.refuse_unused(parser, args, "--image", [*network, "image", "box", "boxes", "threshold",
-                                                     "heatmaps", "attention"])
-        if args.box and args.boxes != "gt":
-            parser.error("--box and --boxes are two ways to say the same; give one of them")
+        data.refuse_unused(parser, args, "--image",
+                           f"{network} image box threshold heatmaps attention")
         evaluate_pictures(args)
     else:
-        data.refuse_unused(parser, args, "a data set", [*network, "dataset", "data", "split",
-                                                        "boxes", "both", "workers"])
+        data.refuse_unused(parser, args, "a data set",
+                           f"{network} dataset data split both workers")
         evaluate_dataset(args)
 
 

@@ -11,16 +11,13 @@ Runtime computes with it what PyTorch does. All that its user needs (joints,
 flip pairs, limbs, input size, mean, std, order of colours) is in the file, as
 JSON under the key "lapx" of its metadata; evaluate.py reads it from there.
 
-Measured: 1.5 times as fast as --plain, and 3.1 times with --int8 (one run by
-turns, one thread, 1x3x256x192, AMD EPYC Zen 4, ONNX Runtime 1.32, torch 2.13).
-"""
+Measured: XX"""
 
 import argparse
 import copy
 import json
 import logging
 import math
-import operator
 import platform
 import re
 import subprocess
@@ -32,6 +29,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -39,9 +38,9 @@ from torch import nn
 
 import data
 import evaluate
-from data import DATASETS
-from lapx import (ECA, SKELETONS, STRIDE, Block, InputError, NonLocal, SpatialAttention, Stage,
-                  Stem, decode, reading, variant_name)
+from data import DATASETS, plural
+from lapx import (ECA, SKELETONS, STRIDE, Block, InputError, SpatialAttention, Stage, Stem, decode,
+                  reading, variant_name)
 
 OPSET = 18
 TOLERANCE = 1e-5  # of a float32 file: largest difference to PyTorch, relative to the largest value
@@ -50,25 +49,23 @@ INT8_TOLERANCE = 0.2  # root mean square; finds a broken file, not a lost point 
 
 # ---------------------------------------------------------------------------- fast float32 form
 
-def replaced(model, kind, form):
-    """The same model, in which every module m of class `kind` is now form(m)."""
+def replace_modules(model, kind, form):
+    """Puts form(m) in the place of every module m of class `kind` in a model."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, kind):
                 setattr(parent, name, form(child))
-    return model
 
 
 def channelwise(scale, bias=None):
     """A 1x1 convolution (B,C,h,w) -> same that scales each channel, by scale (C,), and adds bias.
 
-    As a convolution it stays in the blocked memory layout of ONNX Runtime's other convolutions.
-    """
+    As a convolution it stays in the blocked memory layout of ONNX Runtime's other convolutions."""
     C = len(scale)
     conv = nn.Conv2d(C, C, 1, groups=C, bias=bias is not None)
-    conv.weight = nn.Parameter(scale.detach().reshape(C, 1, 1, 1))
+    conv.weight = nn.Parameter(scale.reshape(C, 1, 1, 1))
     if bias is not None:
-        conv.bias = nn.Parameter(bias.detach())
+        conv.bias = nn.Parameter(bias)
     return conv
 
 
@@ -84,8 +81,7 @@ def folded(model):
     """A trained LAPX -> a copy for inference without BatchNorms.
 
     Each goes into the convolution before it. The first one of a block has none before it, and
-    becomes a channelwise convolution.
-    """
+    becomes a channelwise convolution."""
     model = copy.deepcopy(model).eval()
     for module in list(model.modules()):
         if isinstance(module, Block):
@@ -99,41 +95,33 @@ def folded(model):
     return model
 
 
-class OneWayStage(nn.Module):
-    """A folded Stage with one convolution to the next stage in place of two.
+class Nothing(nn.Module):
+    """Puts out 0: stands for a convolution whose work another one does."""
+
+    def forward(self, x):
+        return torch.zeros(())
+
+
+def one_way(model):
+    """The same model, folded, with one convolution to the next stage in place of two.
 
     The next stage gets features_to_next(y) + heatmaps_to_next(head(y)), and head, too, is a 1x1
     convolution: the product of its matrix and the one behind it is added to that of the features.
-    Inputs and outputs as in Stage.
     """
-
-    def __init__(self, stage):
-        super().__init__()
-        for name, part in stage.named_children():
-            setattr(self, name, part)
-        self.last = stage.last
-        if not self.last:
-            back = self.heatmaps_to_next.weight[..., 0, 0]  # (C,K)
-            through = back @ self.head.weight[..., 0, 0]  # (C,K) (K,C) -> (C,C)
-            self.features_to_next.weight += through[..., None, None]
-            self.features_to_next.bias += back @ self.head.bias + self.heatmaps_to_next.bias
-            del self.heatmaps_to_next
-
-    def forward(self, x):
-        y = self.block(self.hourglass(x))
-        y = self.attention(self.elu(self.conv(y)))  # (B,C,h,w)
-        heatmaps = self.head(y)  # (B,K,h,w)
-        if self.last:
-            return heatmaps, x
-        return heatmaps, x + self.features_to_next(y)
+    for stage in model.stages[:-1]:
+        back = stage.heatmaps_to_next.weight[..., 0, 0]  # (C,K)
+        through = back @ stage.head.weight[..., 0, 0]  # (C,K) (K,C) -> (C,C)
+        stage.features_to_next.weight += through[..., None, None]
+        stage.features_to_next.bias += back @ stage.head.bias + stage.heatmaps_to_next.bias
+        stage.heatmaps_to_next = Nothing()
+    return model
 
 
 class FastSpatialAttention(nn.Module):
     """SpatialAttention, (B,C,h,w) -> same, whose maximum and mean ONNX Runtime computes quickly.
 
     Over all channels at once it takes 1 ms and more for each, at 208x64x48. The maximum is taken in
-    two steps, within groups of channels and over the groups; the mean is a matrix product.
-    """
+    two steps, within groups of channels and over the groups; the mean is a matrix product."""
 
     def __init__(self, attention):
         super().__init__()
@@ -165,30 +153,13 @@ class FastELU(nn.Module):
 def fast(model):
     """A trained LAPX -> a copy that is the same function in a form that ONNX Runtime is quick with.
     """
-    model = replaced(folded(model), Stage, OneWayStage)
-    model = replaced(model, SpatialAttention, FastSpatialAttention)
-    return replaced(model, nn.ELU, FastELU)
+    model = one_way(folded(model))
+    replace_modules(model, SpatialAttention, FastSpatialAttention)
+    replace_modules(model, nn.ELU, FastELU)
+    return model
 
 
 # ---------------------------------------------------------------------------- to ONNX
-
-class Heatmaps(nn.Module):
-    """images (B,3,H,W) -> a tuple of heatmaps (B,K,h,w): the last stage's, or those of all."""
-
-    def __init__(self, model, all_stages=False):
-        super().__init__()
-        self.stem = model.stem
-        self.stages = model.stages
-        self.all_stages = all_stages
-
-    def forward(self, images):
-        x = self.stem(images)
-        outputs = []
-        for stage in self.stages:
-            heatmaps, x = stage(x)
-            outputs.append(heatmaps)
-        return tuple(outputs) if self.all_stages else (heatmaps,)
-
 
 def decoded(heatmaps):
     """Heatmaps (B,K,h,w) -> keypoints (B,K,3): x, y in pixels of the input, score."""
@@ -196,27 +167,26 @@ def decoded(heatmaps):
     return torch.cat([STRIDE * points, scores[..., None]], dim=2)
 
 
-class WithKeypoints(nn.Module):
-    """What a Heatmaps gives, and behind it the keypoints that the last heatmaps decode to."""
+class Outputs(nn.Module):
+    """What an ONNX file gives for images (B,3,H,W): a tuple of the last stage's heatmaps (B,K,h,w),
+    or those of all stages; behind them the keypoints that the last ones decode to."""
 
-    def __init__(self, heatmaps):
+    def __init__(self, model, all_stages=False, keypoints=False):
         super().__init__()
-        self.heatmaps = heatmaps
+        self.model = model
+        self.all_stages = all_stages
+        self.keypoints = keypoints
 
     def forward(self, images):
-        outputs = self.heatmaps(images)
-        return (*outputs, decoded(outputs[-1]))
+        outputs = self.model(images)
+        if not self.all_stages:
+            outputs = outputs[-1:]
+        return (*outputs, decoded(outputs[-1])) if self.keypoints else tuple(outputs)
 
 
-def to_onnx(module, info, size, outputs, batch=None, operators={}):
-    """A module of images (B,3,H,W) -> an ONNX file's content, bytes.
-
-    info: goes into the metadata. outputs: the names of what the module gives. batch: None leaves it
-    open. operators: {torch operator: function that writes it in ONNX}, where torch's own way is not
-    wanted.
-    """
-    import onnx
-
+def to_onnx(module, size, outputs, batch=None):
+    """A module of images (B,3,H,W) -> an ONNX model. outputs: the names of what the module gives.
+    batch: None leaves it open."""
     shapes = None if batch else ({0: torch.export.Dim("batch", max=2**20)},)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -224,26 +194,23 @@ def to_onnx(module, info, size, outputs, batch=None, operators={}):
         program = torch.onnx.export(
             module, (torch.zeros(batch or 2, 3, *size),), dynamo=True, opset_version=OPSET,
             input_names=["images"], output_names=outputs, dynamic_shapes=shapes, verbose=False,
-            external_data=False, custom_translation_table=operators)
-    proto = program.model_proto
-    for node in proto.graph.node:  # the exporter notes where in whose files a node comes from
+            external_data=False)
+    model = program.model_proto
+    for node in model.graph.node:  # the exporter notes where in whose files a node comes from
         del node.metadata_props[:]
         node.doc_string = ""
-    del proto.graph.value_info[:]
+    del model.graph.value_info[:]
     if batch is None:  # torch 2.6 gets some of these wrong
-        for item in [*proto.graph.input, *proto.graph.output]:
+        for item in [*model.graph.input, *model.graph.output]:
             item.type.tensor_type.shape.dim[0].dim_param = "batch"
-    onnx.helper.set_model_props(proto, {"lapx": json.dumps(info)})
-    onnx.checker.check_model(proto, full_check=True)
-    return proto.SerializeToString()
+    return model
 
 
 def compare(session, model, images):
     """How far an ONNX Runtime session is from PyTorch on images (B,3,H,W), over all its heatmaps.
 
     -> the largest difference, relative to the largest value, and the root mean square difference,
-    relative to that of the values. InputError if its keypoints are not its heatmaps decoded.
-    """
+    relative to that of the values. InputError if its keypoints are not its heatmaps decoded."""
     names = [output.name for output in session.get_outputs()]
     found = session.run(None, {"images": images.numpy()})
     outputs = {name: torch.from_numpy(values) for name, values in zip(names, found)}
@@ -260,48 +227,38 @@ def compare(session, model, images):
 
 def export(args):
     """--weights: writes the ONNX file, if ONNX Runtime computes with it what PyTorch does."""
-    import onnxruntime
-
-    network = evaluate.open_network(args.weights, "cpu", args.input,
-                                    evaluate.chosen_skeleton(args), args.bgr)
+    network = evaluate.open_network(args.weights, "cpu", args.input, args.skeleton, args.bgr)
     if network.model is None:
         raise InputError(f"{args.weights} is an ONNX file already; export needs a checkpoint")
     model = network.model.to(memory_format=torch.contiguous_format)
     if args.int8:
-        crops = calibration_crops(network, args)
-        module = quantise(model, crops, args.all_stages)
-        operators = byte_operators()
-        B = args.batch or 2
-        tests = [crops[torch.arange(start, start + B) % len(crops)] for start in range(0, 16, B)]
+        images = calibration_images(network, args)
+        form = byte_form(model)
     else:
-        module = Heatmaps(folded(model) if args.plain else fast(model), args.all_stages).eval()
-        operators = {}
-        generator = torch.Generator().manual_seed(0)
-        tests = [torch.randn(args.batch or B, 3, *network.size, generator=generator)
-                 for B in (1, 2, 3)]
-    outputs = ["heatmaps"]
+        images = torch.randn(3, 3, *network.size, generator=torch.Generator().manual_seed(0))
+        form = folded(model) if args.plain else fast(model)
+    names = ["heatmaps"] + ["keypoints"] * args.keypoints
     if args.all_stages:
-        outputs = [f"heatmaps{number}" for number in range(1, model.config.stages)] + outputs
-    if args.keypoints:
-        module = WithKeypoints(module)
-        outputs.append("keypoints")
-    content = to_onnx(module, network.info | {"bits": 8 if args.int8 else 32}, network.size,
-                      outputs, args.batch, operators)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "lapx.onnx"
-        path.write_bytes(content)
-        session = evaluate.open_session(path)
-    largest, rms = np.max([compare(session, model, images) for images in tests], axis=0)
+        names = [f"heatmaps{number}" for number in range(1, model.config.stages)] + names
+    proto = to_onnx(Outputs(form, args.all_stages, args.keypoints), network.size, names, args.batch)
+    if args.int8:
+        ByteGraph(proto.graph, value_ranges(proto, images, args.batch or 1)).rewrite()
+    info = network.info | {"bits": 8 if args.int8 else 32}
+    onnx.helper.set_model_props(proto, {"lapx": json.dumps(info)})
+    onnx.checker.check_model(proto, full_check=True)
+    content = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    batches = [images[torch.arange(args.batch or B) % len(images)] for B in (1, 2, 3)]
+    largest, rms = np.max([compare(session, model, batch) for batch in batches], axis=0)
     print(f"{variant_name(model.config)}, opset {OPSET}, {len(content) / 1e6:.1f} MB")
     for item in [*session.get_inputs(), *session.get_outputs()]:
         print(f"  {item.name} {item.shape}")
-    print(f"ONNX Runtime {onnxruntime.__version__} against PyTorch {torch.__version__} on "
-          f"{data.plural(len(tests), 'input')}:\nlargest difference {largest:.1e} of the largest "
-          f"value, root mean square {rms:.1e} of the values'")
-    value = rms if args.int8 else largest
-    limit = INT8_TOLERANCE if args.int8 else TOLERANCE
-    if not value <= limit:
-        raise InputError(f"that is more than {limit:g}: no file is written")
+    print(f"ONNX Runtime {onnxruntime.__version__} against PyTorch {torch.__version__}:\nlargest "
+          f"difference {largest:.1e} of the largest value, root mean square {rms:.1e} of the "
+          "values'")
+    if args.int8 and not rms <= INT8_TOLERANCE or not args.int8 and not largest <= TOLERANCE:
+        raise InputError(f"that is more than {INT8_TOLERANCE if args.int8 else TOLERANCE:g}: no "
+                         "file is written")
     data.write_file(args.out, content)
     print(f"wrote {args.out}"
           + (": score it with evaluate.py before you use it" if args.int8 else ""))
@@ -315,27 +272,23 @@ NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
 WARM_UP = 5  # runs
 
 
-def random_inputs(session, path, size=None):
-    """Values for the inputs of any graph, {name: array}; open batches are 1.
+def random_inputs(path, size=None):
+    """Values for the inputs of any ONNX file, {name: array}; open batches are 1.
 
-    size: (height, width) where these are open. InputError if the file can't be run on that.
-    """
-    def is_number(side):  # an open side is a name, None or 0
-        return isinstance(side, int) and side > 0
-
+    size: (height, width) where these are open. InputError if the file can't be run on that."""
+    session = evaluate.open_session(path)
     feed = {}
     rng = np.random.default_rng(0)
     for item in session.get_inputs():
-        shape = list(item.shape)
-        if shape and not is_number(shape[0]):
-            shape[0] = 1
+        shape = [side if isinstance(side, int) else 0 for side in item.shape]  # 0: open
+        shape[:1] = [side or 1 for side in shape[:1]]
         if len(shape) == 4 and size:  # B,3,H,W or B,H,W,3
             sides = slice(1, 3) if shape[3] == 3 else slice(2, 4)
-            if any(is_number(side) and side != wanted for side, wanted in zip(shape[sides], size)):
+            if any(side not in (0, wanted) for side, wanted in zip(shape[sides], size)):
                 raise InputError(f"{path}: the size of {item.name} {item.shape} is not "
                                  f"{size[0]}x{size[1]}; leave out --input, or this file")
             shape[sides] = size
-        if not all(map(is_number, shape)) or item.type not in NUMPY_TYPES:
+        if not all(shape) or item.type not in NUMPY_TYPES:
             raise InputError(f"{path}: the input {item.name} {item.shape} {item.type} can't be "
                              "made up; open heights and widths are given with --input HxW")
         values = rng.integers(0, 255, shape) if "int" in item.type else rng.standard_normal(shape)
@@ -348,8 +301,7 @@ def random_inputs(session, path, size=None):
 def node_calls(path, feed, threads=1, runs=1, optimised=True):
     """The calls of a file's nodes, in order, from ONNX Runtime's profile.
 
-    -> a list of {"op_name", "dur" (microseconds), "input_type_shape", "output_type_shape", ..}.
-    """
+    -> a list of {"op_name", "dur" (microseconds), "input_type_shape", "output_type_shape", ..}."""
     with tempfile.TemporaryDirectory() as folder:
         session = evaluate.open_session(path, threads, str(Path(folder) / "profile"), optimised)
         for _ in range(runs):
@@ -362,8 +314,6 @@ def node_calls(path, feed, threads=1, runs=1, optimised=True):
 def count_onnx(path, feed):
     """-> an ONNX file's parameters, and the multiply-adds of its convolutions and matrix products
     for these inputs; from the shapes that they have when the graph runs as it is written."""
-    import onnx
-
     graph = onnx.load(path).graph
     constants = [attribute.t for node in graph.node if node.op_type == "Constant"
                  for attribute in node.attribute if attribute.name == "value"]
@@ -412,23 +362,24 @@ print(peak() - before)
 
 def measure_memory(path, feed, threads):
     """Megabytes that making a session and running it add to a fresh process at its peak, without
-    the interpreter and the libraries; None where the system does not tell (Windows)."""
+    the interpreter and the libraries; NaN where the system does not tell (Windows)."""
     with tempfile.TemporaryDirectory() as folder:
         values = Path(folder) / "feed.npz"
         np.savez(values, **feed)
         done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, path, values, str(threads)],
                               capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
+    return float(done.stdout or "nan")
 
 
 def cpu_name():
     """The processor's name, as the system tells it."""
-    match = None
+    told = ""
     if sys.platform == "linux":
-        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        told = Path("/proc/cpuinfo").read_text()
     elif sys.platform == "darwin":
-        match = re.search(r": (.*)", subprocess.run(
-            ["sysctl", "machdep.cpu.brand_string"], text=True, capture_output=True).stdout)
+        told = subprocess.run(["sysctl", "machdep.cpu.brand_string"], text=True,
+                              capture_output=True).stdout
+    match = re.search(r"(?:model name\s*|brand_string): (.*)", told)
     return match[1] if match else platform.processor() or platform.machine()
 
 
@@ -446,12 +397,12 @@ def run_times(paths, feeds, threads, runs):
 
 def time_files(args):
     """--time: times files side by side, and writes what was found to the folder --out."""
-    import onnxruntime
-
-    feeds = [random_inputs(evaluate.open_session(path), path, args.input) for path in args.time]
+    feeds = [random_inputs(path, args.input) for path in args.time]
     counts = [count_onnx(path, feed) for path, feed in zip(args.time, feeds)]
-    shapes = ["x".join(map(str, next(iter(feed.values())).shape)) for feed in feeds]
-    print(f"{cpu_name()}, ONNX Runtime {onnxruntime.__version__}\n"
+    images = [next(iter(feed.values())).shape for feed in feeds]
+    shapes = ["x".join(map(str, shape)) for shape in images]
+    cpu = cpu_name()
+    print(f"{cpu}, ONNX Runtime {onnxruntime.__version__}\n"
           f"{args.runs} runs in turn after {WARM_UP} to warm up; inputs {', '.join(set(shapes))}\n"
           f"{'file':17} thr {'ms':>7} {'10..90 %':>15} {'FPS':>7} ratio {'MB':>5} {'params':>7} "
           f"{'GMAC':>6}")
@@ -459,81 +410,66 @@ def time_files(args):
     for threads in args.threads:
         milliseconds = run_times(args.time, feeds, threads, args.runs)
         low, median, high = np.quantile(milliseconds, (0.1, 0.5, 0.9), axis=0)
-        for number, (path, feed) in enumerate(zip(args.time, feeds)):
+        for number, path in enumerate(args.time):
             parameters, multiply_adds = counts[number]
-            batch = next(iter(feed.values())).shape[0]
             row = {"file": str(path), "input": shapes[number], "threads": threads,
                    "ms": median[number], "ms_10": low[number], "ms_90": high[number],
-                   "fps": batch * 1e3 / median[number], "ratio": median[0] / median[number],
-                   "ram_mb": measure_memory(path, feed, threads), "parameters": parameters,
-                   "multiply_adds": multiply_adds}
+                   "fps": images[number][0] * 1e3 / median[number],
+                   "ratio": median[0] / median[number],
+                   "ram_mb": measure_memory(path, feeds[number], threads),
+                   "parameters": parameters, "multiply_adds": multiply_adds}
             rows.append(row)
-            ram = "-" if row["ram_mb"] is None else f"{row['ram_mb']:.0f}"
             print(f"{path.name[-17:]:17} {threads:3} {row['ms']:7.2f} {row['ms_10']:7.2f}"
-                  f"{row['ms_90']:8.2f} {row['fps']:7.1f} {row['ratio']:5.2f} {ram:>5} "
-                  f"{parameters / 1e6:5.2f} M {multiply_adds / 1e9:6.2f}", flush=True)
+                  f"{row['ms_90']:8.2f} {row['fps']:7.1f} {row['ratio']:5.2f} "
+                  f"{row['ram_mb']:5.0f} {parameters / 1e6:5.2f} M {multiply_adds / 1e9:6.2f}",
+                  flush=True)
     if args.out:
-        facts = {"cpu": cpu_name(), "onnxruntime": onnxruntime.__version__, "runs": args.runs,
-                 "results": rows}
-        data.write_file(args.out / "timing.json", json.dumps(facts, indent=1) + "\n")
+        data.write_json(args.out / "timing.json", {
+            "cpu": cpu, "onnxruntime": onnxruntime.__version__, "runs": args.runs, "results": rows})
         data.write_csv(args.out / "timing.csv", rows)
-        data.write_png(args.out / "timing.png", draw_timing(rows, facts))
+        data.write_png(args.out / "timing.png", draw_timing(rows, cpu))
         print(f"wrote {args.out}/: timing.json, timing.csv, timing.png")
 
 
-def draw_timing(rows, facts):
+def draw_timing(rows, cpu):
     """A figure like PAPER Figure 3: multiply-adds against frames per second, a Pillow picture.
 
-    A bubble's area is the file's parameters; a colour is a file, at every number of threads.
-    """
-    step = 34  # pixels between labels
-    height = max(480, step * (len(rows) + 1))
-    picture = Image.new("RGB", (840, height + 80), "white")
-    draw = ImageDraw.Draw(picture)
+    A bubble's area is the file's parameters; a line leads to what it is."""
     rows = sorted(rows, key=lambda row: -row["fps"])
-    axes = data.Axes(draw, (60, 30, 580, height + 30),
-                     [0, 1.2 * max(row["multiply_adds"] / 1e9 for row in rows)],
-                     [0, 1.15 * rows[0]["fps"]], "multiply-adds (10^9)",
-                     f"frames per second, {facts['cpu']}; area: parameters")
+    bottom = max(450, 40 * len(rows))
+    picture = Image.new("RGB", (840, bottom + 50), "white")
+    draw = ImageDraw.Draw(picture)
+    place = data.draw_axes(draw, (60, 30, 580, bottom),
+                           [0, 1.2 * max(row["multiply_adds"] / 1e9 for row in rows)],
+                           [0, 1.15 * rows[0]["fps"]], "multiply-adds (10^9)",
+                           f"frames per second, {cpu}; area: parameters")
     largest = max(row["parameters"] for row in rows) or 1
-    colours = (data.RIGHT, data.LEFT, data.MIDDLE, (220, 80, 160), (150, 110, 230))
-    files = sorted({row["file"] for row in rows})
-    bottom = height + 30 - step / 2
-    lines = [axes(0, row["fps"])[1] for row in rows]  # the heights of the labels
-    for number in range(1, len(rows)):
-        lines[number] = max(lines[number], lines[number - 1] + step)
-    for number in reversed(range(len(rows))):
-        lines[number] = min(lines[number], bottom - step * (len(rows) - 1 - number))
-    for row, line in zip(rows, lines):
-        x, y = axes(row["multiply_adds"] / 1e9, row["fps"])
-        radius = 18 * math.sqrt(row["parameters"] / largest)
-        colour = colours[files.index(row["file"]) % len(colours)]
-        draw.line([(x, y), (560, line), (590, line)], (170, 170, 170))
-        draw.circle((x, y), radius, colour, "black")
-        draw.circle((600, line), 5, colour)
-        draw.text((610, line), f"{Path(row['file']).stem[:28]}, "
-                  f"{data.plural(row['threads'], 'thread')}\n{row['fps']:.1f} FPS, "
-                  f"{row['parameters'] / 1e6:.2f} M", (0, 0, 0), data.font(size=13), "lm")
+    for number, row in enumerate(rows):
+        x, y = place(row["multiply_adds"] / 1e9, row["fps"])
+        line = 50 + 40 * number
+        draw.line([(x, y), (560, line), (600, line)], (170, 170, 170))
+        draw.circle((x, y), 18 * math.sqrt(row["parameters"] / largest), data.RIGHT, "black")
+        draw.text((605, line), f"{Path(row['file']).stem[:28]}, "
+                  f"{plural(row['threads'], 'thread')}\n{row['fps']:.1f} FPS, "
+                  f"{row['parameters'] / 1e6:.2f} M", "black", data.font(size=13), "lm")
     return picture
 
 
 def profile(args):
     """--profile: where the time goes in one file, operator by operator."""
     threads = args.threads[0]
-    feed = random_inputs(evaluate.open_session(args.profile), args.profile, args.input)
-    spent = defaultdict(float)
-    calls = defaultdict(int)
-    for call in node_calls(args.profile, feed, threads, args.runs):
-        spent[call["op_name"]] += call["dur"] / 1e3 / args.runs
-        calls[call["op_name"]] += 1
-    total = sum(spent.values())
-    print(f"{args.profile}, {cpu_name()}, {data.plural(threads, 'thread')},\n"
-          f"mean of {data.plural(args.runs, 'run')}, the measuring included\n"
+    spent = defaultdict(list)  # milliseconds of each call
+    for call in node_calls(args.profile, random_inputs(args.profile, args.input), threads,
+                           args.runs):
+        spent[call["op_name"]].append(call["dur"] / 1e3)
+    total = sum(map(sum, spent.values()))
+    print(f"{args.profile}, {cpu_name()}, {plural(threads, 'thread')},\n"
+          f"mean of {plural(args.runs, 'run')}, the measuring included\n"
           f"{'operator':24} {'ms':>8} {'share':>7} {'nodes':>6}")
-    for name, milliseconds in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"{name:24} {milliseconds:8.2f} {milliseconds / total:7.1%} "
-              f"{calls[name] // args.runs:6}")
-    print(f"{'total':24} {total:8.2f}")
+    for name, calls in sorted(spent.items(), key=lambda item: -sum(item[1])):
+        print(f"{name:24} {sum(calls) / args.runs:8.2f} {sum(calls) / total:7.1%} "
+              f"{len(calls) // args.runs:6}")
+    print(f"{'total':24} {total / args.runs:8.2f}")
 
 
 # ---------------------------------------------------------------------------- 8 bits (optional)
@@ -541,173 +477,31 @@ def profile(args):
 # Float32 files need nothing of what follows. ONNX Runtime has a quantiser of its own,
 # quantize_static, but its file was 1.5 times as fast as --plain where ours was 2.9 times, in one
 # run on an AMD EPYC Zen 5. Here nearly all values between convolutions are bytes, behind ELUs, too:
-# each is round(value / scale) + zero, within 0..255, with a scale and a zero for each place in the
-# network, from the range of the values seen there.
+# each is round(value / scale) + zero, within 0..255, with a scale and a zero for each value of the
+# graph, from the range seen there. Gates, Non-Local modules and heads compute in float32.
 #
-# x86 CPUs without VNNI add two products of bytes in 16 bits, which can saturate; so score a file on
-# the kind of CPU that it is for. ONNX Runtime's remedy, session.x64quantprecision = 1, is not used:
-# version 1.32 can't load our files with it, and on a CPU with VNNI it, too, made convolutions of
-# bytes half as fast.
-
-@torch.library.custom_op("lapx::to_bytes", mutates_args=())
-def to_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
-    """A float tensor in 8 bits: round(x / scale) + zero, within 0..255."""
-    return ((x / scale).round() + zero).clamp(0, 255).to(torch.uint8)
-
-
-@torch.library.custom_op("lapx::from_bytes", mutates_args=())
-def from_bytes(x: torch.Tensor, scale: float, zero: int) -> torch.Tensor:
-    """The inverse of to_bytes, but for the rounding."""
-    return (x.float() - zero) * scale
-
-
-@torch.library.custom_op("lapx::channels_from_bytes", mutates_args=())
-def channels_from_bytes(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Integer weights or biases (C,...) times a scale for each output channel (C,)."""
-    return x.float() * scale.reshape(-1, *[1] * (x.ndim - 1))
-
-
-to_bytes.register_fake(lambda x, scale, zero: torch.empty_like(x, dtype=torch.uint8))
-from_bytes.register_fake(lambda x, scale, zero: torch.empty_like(x, dtype=torch.float32))
-channels_from_bytes.register_fake(lambda x, scale: torch.empty_like(x, dtype=torch.float32))
-
-
-def byte_operators():
-    """How the three operators above are written in ONNX."""
-    import onnx
-    from onnxscript import opset18 as op
-
-    def constants(scale, zero):
-        arrays = (np.array(scale, np.float32), np.array(zero, np.uint8))
-        return [op.Constant(value=onnx.numpy_helper.from_array(array)) for array in arrays]
-
-    lapx = torch.ops.lapx
-    return {lapx.to_bytes.default:
-            lambda x, scale, zero: op.QuantizeLinear(x, *constants(scale, zero)),
-            lapx.from_bytes.default:
-            lambda x, scale, zero: op.DequantizeLinear(x, *constants(scale, zero)),
-            lapx.channels_from_bytes.default:
-            lambda x, scale: op.DequantizeLinear(x, scale, axis=0)}
-
-
-class Quant(nn.Module):
-    """A place where values are rounded to 8 bits. Any shape -> same, float32.
-
-    First it observes: its range is that of all values seen, zero and reach included. Then it
-    quantises.
-    """
-
-    def __init__(self, reach=0.0):
-        super().__init__()
-        self.observing = True
-        self.low = 0.0
-        self.high = reach
-
-    def scale_and_zero(self):
-        scale = max(self.high - self.low, 1e-6) / 255
-        return scale, round(-self.low / scale)
-
-    def forward(self, x):
-        if self.observing:
-            self.low = min(self.low, x.min().item())
-            self.high = max(self.high, x.max().item())
-            return x
-        scale, zero = self.scale_and_zero()
-        return from_bytes(to_bytes(x, scale, zero), scale, zero)
-
-    def freeze(self):
-        self.observing = False
-
-
-class QuantELU(nn.Module):
-    """ELU by operators that ONNX Runtime computes in 8 bits. Any shape -> same, float32.
-
-    ELU(z) = max(z, 0) + (e^min(z,0) - 1). The maximum is one of bytes. For the other term,
-    sigmoid(z - b) / sigmoid(-b) is e^z to within e^-b / 4 where z < 0; where z > 0 it saturates,
-    as 255 stands for 1. So one sigmoid, which is a table of 256 bytes, gives it whole. Its input is
-    z with another zero point, and z's range must reach from below 0 to above b.
-    """
-
-    REACH = 4.5  # b
-
-    def __init__(self):
-        super().__init__()
-        self.before = Quant(self.REACH)
-        self.behind = Quant()
-
-    def forward(self, z):
-        if self.before.observing:
-            return self.behind(F.elu(self.before(z)))
-        scale, zero = self.before.scale_and_zero()
-        b = min(round(self.REACH / scale), 255 - zero)  # in steps of z
-        z = to_bytes(z, scale, zero)
-        positive = torch.maximum(z, torch.full((), zero, dtype=torch.uint8))
-        top = 1 / (1 + math.exp(b * scale))  # sigmoid(-b)
-        power = to_bytes(torch.sigmoid(from_bytes(z, scale, zero + b)), top / 255, 0)
-        return self.behind(from_bytes(positive, scale, zero) + from_bytes(power, 1 / 255, 255))
-
-
-class QuantConv(nn.Module):
-    """A convolution with 8-bit weights, a scale for each output channel. Like nn.Conv2d.
-
-    before: the Quant that its input comes from, which decides the scale of the 32-bit biases.
-    """
-
-    def __init__(self, conv, before):
-        super().__init__()
-        self.conv = conv
-        self.before = before
-
-    def forward(self, x):
-        conv = self.conv
-        if self.before.observing:
-            return conv(x)
-        return F.conv2d(x, channels_from_bytes(self.weight, self.scale),
-                        channels_from_bytes(self.bias, self.bias_scale), conv.stride, conv.padding,
-                        conv.dilation, conv.groups)
-
-    def freeze(self):
-        conv = self.conv
-        scale_before, _ = self.before.scale_and_zero()
-        bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias
-        scale = torch.maximum(conv.weight.flatten(1).abs().amax(1) / 127,  # (C,)
-                              bias.abs() / scale_before / 2**30).clamp(min=1e-12)  # fits 32 bits
-        self.scale = nn.Buffer(scale)
-        self.bias_scale = nn.Buffer(scale * scale_before)
-        self.weight = nn.Buffer((conv.weight / scale[:, None, None, None]).round().to(torch.int8))
-        self.bias = nn.Buffer((bias / self.bias_scale).round().to(torch.int32))
-
-
-@torch.fx.wrap
-def mean_of_pixels(x):
-    """(B,C,h,w) -> (B,C,1,1), by a pooling, which ONNX Runtime computes in 8 bits."""
-    return F.avg_pool2d(x, x.shape[2:])
-
-
-@torch.fx.wrap
-def maximum_of_pixels(x):
-    """(B,C,h,w) -> (B,C,1,1), likewise."""
-    return F.max_pool2d(x, x.shape[2:])
-
+# Weights take 7 bits, from -64 to 64: x86 CPUs without VNNI add two products in 16 bits, where
+# 2 * 255 * 64 just fits. With 8 bits the sums saturated: on an AMD EPYC Zen 3 the error of LAPX's
+# heatmaps was 5.3 % (root mean square) then, and is 3.9 %.
 
 class PooledECA(nn.Module):
-    """ECA, (B,C,h,w) -> same, whose average and maximum come from poolings."""
+    """ECA, (B,C,h,w) -> same, whose average and maximum come from poolings, which ONNX Runtime
+    computes in 8 bits."""
 
     def __init__(self, eca):
         super().__init__()
         self.conv = eca.conv
 
     def forward(self, x):
-        descriptor = (mean_of_pixels(x) + maximum_of_pixels(x)).flatten(1)  # (B,C)
+        size = x.shape[2:]
+        descriptor = (F.avg_pool2d(x, size) + F.max_pool2d(x, size)).flatten(1)  # (B,C)
         gate = self.conv(descriptor[:, None]).sigmoid()  # (B,1,C)
         return x * gate.transpose(1, 2)[..., None]
 
 
 class LastAxisSpatialAttention(nn.Module):
-    """SpatialAttention, (B,C,h,w) -> same, that pools over the last axis.
-
-    There the channels lie in memory behind 8-bit convolutions anyway.
-    """
+    """SpatialAttention, (B,C,h,w) -> same, that pools over the last axis, where the channels lie in
+    memory behind 8-bit convolutions anyway."""
 
     def __init__(self, attention):
         super().__init__()
@@ -720,14 +514,11 @@ class LastAxisSpatialAttention(nn.Module):
 
 
 @torch.no_grad()
-def merged(model):
-    """A trained LAPX -> a copy that is the same function, of modules that can be quantised.
-
-    BatchNorms are folded, soft gates are channelwise convolutions, stages have one way to the next.
-    """
-    model = replaced(folded(model), Stage, OneWayStage)
-    model = replaced(model, SpatialAttention, LastAxisSpatialAttention)
-    model = replaced(model, ECA, PooledECA)
+def byte_form(model):
+    """A trained LAPX -> a copy that is the same function, of modules that can be quantised."""
+    model = one_way(folded(model))
+    replace_modules(model, SpatialAttention, LastAxisSpatialAttention)
+    replace_modules(model, ECA, PooledECA)
     for module in model.modules():
         if isinstance(module, Block) and module.alpha is not None:
             module.shortcut = channelwise(module.alpha.flatten())
@@ -735,102 +526,165 @@ def merged(model):
     return model
 
 
-class Tracer(torch.fx.Tracer):
-    """Makes a graph of all modules but the Non-Local ones, which stay whole."""
-
-    def is_leaf_module(self, module, name):
-        return isinstance(module, NonLocal) or super().is_leaf_module(module, name)
-
-
-def with_quants(root):
-    """A Heatmaps of merged(model) -> a GraphModule of it with a Quant wherever values become bytes,
-    QuantELU for ELU, and QuantConv for the convolutions of bytes.
-
-    Gates, Non-Local modules and heads compute in float32, from 8-bit values.
-    """
-    graph = Tracer().trace(root)
-    source = {}  # a node of the graph whose values are of 8 bits -> the Quant that they come from
-
-    def module_of(node):
-        return root.get_submodule(node.target) if node.op == "call_module" else None
-
-    def quantise_output(node, quant):
-        name = f"quant_{node.name}"
-        root.add_module(name, quant)
-        with graph.inserting_after(node):
-            behind = graph.call_module(name, (node,))
-        node.replace_all_uses_with(behind, lambda user: user is not behind)
-        source[behind] = quant
-
-    def replace(node, module):
-        root.add_module(node.name, module)
-        node.target = node.name
-
-    for node in list(graph.nodes):
-        if isinstance(module_of(node), nn.Identity):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        module = module_of(node)
-        of_bytes = all(argument in source for argument in node.args)
-        if isinstance(module, nn.ELU):
-            elu = QuantELU()
-            replace(node, elu)
-            source[node] = elu.behind
-        elif isinstance(module, nn.Conv2d) and of_bytes and not node.target.endswith("head"):
-            replace(node, QuantConv(module, source[node.args[0]]))
-            if not all(isinstance(module_of(user), nn.ELU) for user in node.users):
-                quantise_output(node, Quant())  # a QuantELU does so itself
-        elif (node.op == "placeholder" or isinstance(module, NonLocal)
-              or node.target is operator.add and of_bytes):
-            quantise_output(node, Quant())
-        elif node.target is operator.mul and node.args[0] in source:  # features times a gate
-            quantise_output(node.args[1], Quant())
-            quantise_output(node, Quant())
-        elif node.target in (F.max_pool2d, F.interpolate, mean_of_pixels, maximum_of_pixels):
-            quantise_output(node, source[node.args[0]])  # they stay in the range of their input
-    return torch.fx.GraphModule(root, graph)
-
-
-@torch.no_grad()
-def quantise(model, crops, all_stages=False):
-    """A trained LAPX -> what Heatmaps(model, all_stages) is, computed in 8 bits.
-
-    crops: normalised images (B,3,H,W) like those it will see, for the ranges of all values.
-    """
-    quantised = with_quants(Heatmaps(merged(model), all_stages))
-    progress = evaluate.show_progress(len(crops), "pictures looked at for the ranges")
-    for start in range(0, len(crops), 8):
-        batch = crops[start:start + 8]
-        quantised(batch)
-        if progress:
-            progress(start + len(batch))
-    for module in quantised.modules():
-        if isinstance(module, (Quant, QuantConv)):
-            module.freeze()
-    return quantised
-
-
-def calibration_crops(network, args, count=64):
-    """Crops for the ranges of an 8-bit file, normalised (B,3,H,W): of one's own pictures, or of the
-    training people of the network's data set."""
+def calibration_images(network, args, count=64):
+    """Images (N,3,H,W) for the ranges of an 8-bit file: of one's own pictures, or of the training
+    people of the network's data set."""
     dataset = network.dataset
     if args.image:
-        crops = []
-        for path in evaluate.pictures_in(args.image)[:count]:
-            picture = data.open_picture(path, upright=True)
-            crop, _ = evaluate.crop_of(network, picture, [0, 0, *picture.size])
-            crops.append(crop[0])
+        pictures = [data.open_picture(path, upright=True)
+                    for path in evaluate.pictures_in(args.image)[:count]]
+        crops = [evaluate.crop_of(network, picture, [0, 0, *picture.size])[0][0]
+                 for picture in pictures]
     elif dataset:
         people = data.load_people(dataset, data.data_folder(args.data, dataset),
-                                  DATASETS[dataset].train, network.size, network.skeleton)
+                                  DATASETS[dataset].splits[0], network.size, network.skeleton)
         rows = np.linspace(0, len(people) - 1, min(count, len(people))).astype(int)
         samples = data.PoseDataset(people, network.size, network.skeleton)
         crops = [samples[row][1] for row in rows]
     else:
         raise InputError("--int8 needs pictures for its ranges; give --image with some")
-    print(f"ranges from {data.plural(len(crops), 'picture')}")
+    print(f"ranges from {plural(len(crops), 'picture')}")
     return network.prepare(torch.stack(crops)).contiguous()
+
+
+def value_ranges(proto, images, batch):
+    """The range of every float value in an ONNX model over images (N,3,H,W), which it takes in
+    batches: {name: (low, high)}."""
+    probe = onnx.shape_inference.infer_shapes(proto)
+    names = [value.name for value in [*probe.graph.input, *probe.graph.value_info]
+             if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    wanted = [(kind, name) for name in names for kind in ("ReduceMin", "ReduceMax")]
+    for kind, name in wanted:
+        output = f"{kind} of {name}"
+        probe.graph.node.append(onnx.helper.make_node(kind, [name], [output], keepdims=0))
+        probe.graph.output.append(onnx.helper.make_tensor_value_info(
+            output, onnx.TensorProto.FLOAT, []))
+    session = onnxruntime.InferenceSession(probe.SerializeToString(),
+                                           providers=["CPUExecutionProvider"])
+    found = []
+    for start in data.progress(range(0, len(images), batch), "batches looked at for the ranges"):
+        rows = torch.arange(start, start + batch) % len(images)
+        found.append(session.run([f"{kind} of {name}" for kind, name in wanted],
+                                 {"images": images[rows].numpy()}))
+    found = np.array(found).reshape(-1, len(names), 2)
+    return dict(zip(names, zip(found[..., 0].min(0).tolist(), found[..., 1].max(0).tolist())))
+
+
+class ByteGraph:
+    """Rewrites the graph of a float32 ONNX model (byte_form's) in place: rewrite().
+
+    ONNX has a value in bytes when a DequantizeLinear follows a QuantizeLinear; ONNX Runtime then
+    computes the operators between such pairs in 8 bits. ranges: value_ranges'."""
+
+    REACH = 4.5  # how far above 0 the input of an ELU must reach
+
+    def __init__(self, graph, ranges):
+        self.graph = graph
+        self.ranges = ranges
+        self.weights = {tensor.name: onnx.numpy_helper.to_array(tensor)
+                        for tensor in graph.initializer}
+        self.places = {}  # a value in bytes -> its scale and zero
+        self.readings = {}  # a value in bytes -> what later nodes read instead of it
+
+    def emit(self, kind, *inputs, **attributes):
+        """A new node -> the name of its output."""
+        output = f"{kind}_{len(self.graph.node)}"
+        self.graph.node.append(onnx.helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def constant(self, values, kind):
+        name = f"constant_{len(self.graph.initializer)}"
+        values = np.asarray(values, kind)
+        self.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+        return name
+
+    def to_bytes(self, value, scale, zero):
+        return self.emit("QuantizeLinear", value, self.constant(scale, np.float32),
+                         self.constant(zero, np.uint8))
+
+    def from_bytes(self, value, scale, zero):
+        return self.emit("DequantizeLinear", value, self.constant(scale, np.float32),
+                         self.constant(zero, np.uint8))
+
+    def place(self, value, reach=0.0):
+        """The scale and the zero that hold a value's range, 0 and reach included."""
+        low = min(self.ranges[value][0], 0)
+        high = max(self.ranges[value][1], reach)
+        scale = max(high - low, 1e-6) / 255
+        return scale, round(-low / scale)
+
+    def store(self, value, place):
+        """Puts a value into bytes."""
+        self.places[value] = place
+        source = self.readings.get(value, value)
+        self.readings[value] = self.from_bytes(self.to_bytes(source, *place), *place)
+
+    def elu(self, node):
+        """ELU(z) = max(z, 0) + (e^min(z,0) - 1), of bytes.
+
+        The maximum is one of bytes. For the other term, sigmoid(z - b) / sigmoid(-b) is e^z to
+        within e^-b / 4 where z < 0; where z > 0 it saturates, as 255 stands for 1. So one sigmoid,
+        which is a table of 256 bytes, gives it whole. Its input is z with another zero."""
+        value = node.input[0]
+        scale, zero = self.place(value, self.REACH)
+        b = min(round(self.REACH / scale), 255 - zero)  # in steps of z
+        top = 1 / (1 + math.exp(b * scale))  # sigmoid(-b)
+        z = self.to_bytes(self.readings.get(value, value), scale, zero)
+        positive = self.emit("Max", z, self.constant(zero, np.uint8))
+        power = self.emit("Sigmoid", self.from_bytes(z, scale, zero + b))
+        power = self.to_bytes(power, top / 255, 0)
+        self.readings[node.output[0]] = self.emit("Add", self.from_bytes(positive, scale, zero),
+                                                  self.from_bytes(power, 1 / 255, 255))
+        self.store(node.output[0], self.place(node.output[0]))
+
+    def quantise_weights(self, node):
+        """A convolution's weights in 7 bits, its bias in 32, with a scale for each channel (C,)."""
+        before, _ = self.places[node.input[0]]
+        weight = self.weights[node.input[1]]
+        bias = self.weights[node.input[2]] if len(node.input) > 2 else np.zeros(len(weight))
+        scale = np.abs(weight.reshape(len(weight), -1)).max(1) / 64
+        scale = np.maximum(scale, np.abs(bias) / before / 2**30).clip(1e-12)  # the bias fits, too
+        weight = (weight / scale.reshape(-1, 1, 1, 1)).round()
+        bias = (bias / scale / before).round()
+        del node.input[1:]
+        for values, kind, step in ((weight, np.int8, scale), (bias, np.int32, scale * before)):
+            node.input.append(self.emit("DequantizeLinear", self.constant(values, kind),
+                                        self.constant(step, np.float32), axis=0))
+
+    def rewrite(self):
+        nodes = list(self.graph.node)
+        del self.graph.node[:]
+        readers = defaultdict(set)  # value -> the operators that read it
+        for node in nodes:
+            for value in node.input:
+                readers[value].add(node.op_type)
+        self.store("images", self.place("images"))
+        for node in nodes:
+            kind = node.op_type
+            if kind == "Elu":
+                self.elu(node)
+                continue
+            first = node.input[0] if node.input else ""
+            output = node.output[0]
+            stays_float = re.search("non_local|head", " ".join(node.input))  # in a weight's name
+            of_bytes = first in self.places and not stays_float
+            partly = any(value in self.places for value in node.input)
+            if kind == "Conv" and of_bytes:
+                self.quantise_weights(node)
+            if kind == "Mul" and of_bytes:  # features times a gate
+                self.store(node.input[1], self.place(node.input[1]))
+            for number, value in enumerate(node.input):
+                node.input[number] = self.readings.get(value, value)
+            self.graph.node.append(node)
+            if kind in ("MaxPool", "AveragePool", "Resize") and of_bytes:
+                self.store(output, self.places[first])  # they stay in the range of their input
+            elif (kind == "Conv" and of_bytes and readers[output] != {"Elu"}  # which does it itself
+                  or kind == "Mul" and of_bytes or kind == "Add" and partly):
+                self.store(output, self.place(output))
+        used = {value for node in self.graph.node for value in node.input}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
 
 
 # ---------------------------------------------------------------------------- flags
@@ -873,29 +727,25 @@ def main():
     if sum(map(bool, (args.weights, args.time, args.profile))) != 1:
         parser.error("give one of --weights FILE, --time ONNX..., --profile ONNX")
     if args.time:
-        data.refuse_unused(parser, args, "--time", ["time", "threads", "runs", "input", "out"])
+        data.refuse_unused(parser, args, "--time", "time threads runs input out")
         time_files(args)
-        return
-    if args.profile:
-        data.refuse_unused(parser, args, "--profile", ["profile", "threads", "runs", "input"])
+    elif args.profile:
+        data.refuse_unused(parser, args, "--profile", "profile threads runs input")
         if len(args.threads) > 1:
             parser.error("--profile takes one number of --threads")
         profile(args)
-        return
-    used = "weights skeleton bgr batch all_stages keypoints plain int8 input out".split()
-    mode = "--weights"
-    if args.int8:
-        used += ["data", "image"]
-        mode = "--int8"
-    data.refuse_unused(parser, args, mode, used)
-    if args.plain and args.int8:
-        parser.error("--plain is the float32 network as it was trained, --int8 another one")
-    if args.data and args.image:
-        parser.error("--data and --image are two places for pictures; give one of them")
-    args.out = args.out or Path("lapx.onnx")
-    if args.out.suffix != ".onnx":
-        parser.error(f"--out {args.out} must end in .onnx")
-    export(args)
+    else:
+        used = "weights skeleton bgr batch all_stages keypoints plain int8 input out"
+        data.refuse_unused(parser, args, "--int8" if args.int8 else "--weights",
+                           used + " data image" * args.int8)
+        if args.plain and args.int8:
+            parser.error("--plain is the float32 network as it was trained, --int8 another one")
+        if args.data and args.image:
+            parser.error("--data and --image are two places for pictures; give one of them")
+        args.out = args.out or Path("lapx.onnx")
+        if args.out.suffix != ".onnx":
+            parser.error(f"--out {args.out} must end in .onnx")
+        export(args)
 
 
 if __name__ == "__main__":

@@ -56,11 +56,11 @@ section, an equation, a table or a figure: it stands there. `PAPER SILENT`: we h
 """
 
 import argparse
-import functools
 import hashlib
 import os
 import pickle
 import re
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +70,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 # PAPER SILENT: colours and normalisation. RGB with ImageNet's mean and standard deviation, as HRNet
 # has it (SimpleBaseline feeds BGR with the same numbers: evaluate.py --bgr).
@@ -117,13 +118,14 @@ SKELETONS = {
 
 # ---------------------------------------------------------------------------- attention
 
+# Every part below maps (B,C,h,w) -> the same shape and is made with the number of channels C.
+
 class ECA(nn.Module):
     """Efficient channel attention: a gate for each channel from itself and its six neighbours.
 
-    PAPER §3.3: average plus maximum over the pixels, a kernel of 7 channels. (B,C,h,w) -> same.
-    """
+    PAPER §3.3: average plus maximum over the pixels, a kernel of 7 channels."""
 
-    def __init__(self, channels=None):
+    def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv1d(1, 1, 7, padding=3, bias=False)
 
@@ -133,10 +135,28 @@ class ECA(nn.Module):
         return x * gate.transpose(1, 2)[..., None]  # (B,C,1,1) scales (B,C,h,w)
 
 
-class SpatialAttention(nn.Module):
-    """The second half of CBAM (Woo et al. 2018): every pixel is scaled. (B,C,h,w) -> same."""
+class ChannelMLP(nn.Module):
+    """The first half of CBAM (Woo et al. 2018): a gate for each channel, from all of them."""
 
-    def __init__(self):
+    def __init__(self, channels):
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // 16, bias=False)
+        self.excite = nn.Linear(channels // 16, channels, bias=False)
+
+    def gate(self, descriptor):
+        return self.excite(self.squeeze(descriptor).relu()).sigmoid()  # (B,C) -> (B,C)
+
+    def forward(self, x):
+        # PAPER SILENT: CBAM's gate. The authors' code takes a sigmoid of each descriptor and adds
+        # the two, so that the gate runs from 0 to 2; Woo et al. add first and take one sigmoid.
+        gate = self.gate(x.amax((2, 3))) + self.gate(x.mean((2, 3)))  # (B,C)
+        return x * gate[..., None, None]
+
+
+class SpatialAttention(nn.Module):
+    """The second half of CBAM: a gate for each pixel."""
+
+    def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 
@@ -145,48 +165,12 @@ class SpatialAttention(nn.Module):
         return x * self.conv(pooled).sigmoid()
 
 
-class ECACBAM(nn.Module):
-    """ECA-CBAM: channels are scaled by ECA, then pixels. PAPER §3.3. (B,C,h,w) -> same."""
-
-    def __init__(self, channels=None):
-        super().__init__()
-        self.eca = ECA()
-        self.spatial = SpatialAttention()
-
-    def forward(self, x):
-        return self.spatial(self.eca(x))
-
-
-class CBAM(nn.Module):
-    """CBAM as LAP has it: channels are scaled by a small MLP, then pixels. (B,C,h,w) -> same.
-
-    PAPER Table 3, row 5.
-    """
-
-    def __init__(self, channels, reduction=16):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, channels // reduction, bias=False),
-            nn.ReLU(),
-            nn.Linear(channels // reduction, channels, bias=False),
-        )
-        self.spatial = SpatialAttention()
-
-    def forward(self, x):
-        # PAPER SILENT: CBAM's gate. The authors' code takes a sigmoid of each descriptor and adds
-        # the two, so that the gate runs from 0 to 2; Woo et al. add first and take one sigmoid.
-        gate = self.mlp(x.amax((2, 3))).sigmoid() + self.mlp(x.mean((2, 3))).sigmoid()  # (B,C)
-        return self.spatial(x * gate[..., None, None])
-
-
 class NonLocal(nn.Module):
     """Global context (Wang et al. 2018): every cell adds what it finds in all cells. PAPER §3.3.
 
     Cell i gets context_i = sum over j of A_ij value_j, where A_ij is the softmax over j of
-    query_i . key_j, and puts out gamma * out(context_i) + x_i.
-    (B,C,h,w) -> same. gamma starts at 0, and gamma alone decides how much is added: there is no
-    other switch.
-    """
+    query_i . key_j, and puts out gamma * out(context_i) + x_i. gamma starts at 0, and gamma alone
+    decides how much is added: there is no other switch."""
 
     def __init__(self, channels):
         super().__init__()
@@ -210,20 +194,19 @@ class NonLocal(nn.Module):
         return self.gamma.to(context.dtype) * context + x  # else bfloat16 would become float32
 
 
-class ECANonLocal(nn.Module):
-    """ECA, then global context. PAPER §3.3. (B,C,h,w) -> same."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.eca = ECA()
-        self.non_local = NonLocal(channels)
-
-    def forward(self, x):
-        return self.non_local(self.eca(x))
+ATTENTION = {
+    None: {},
+    "ECA": {"eca": ECA},
+    "CBAM": {"mlp": ChannelMLP, "spatial": SpatialAttention},  # PAPER Table 3, row 5
+    "ECA-CBAM": {"eca": ECA, "spatial": SpatialAttention},  # PAPER §3.3
+    "ECA-NonLocal": {"eca": ECA, "non_local": NonLocal},  # PAPER §3.3
+}
 
 
-ATTENTION = {None: nn.Identity, "ECA": ECA, "CBAM": CBAM, "ECA-CBAM": ECACBAM,
-             "ECA-NonLocal": ECANonLocal}  # each is made with the number of channels
+def attention(kind, channels):
+    """The parts of a kind of attention, one after the other."""
+    return nn.Sequential(OrderedDict(
+        (name, part(channels)) for name, part in ATTENTION[kind].items()))
 
 
 # ---------------------------------------------------------------------------- the network
@@ -233,8 +216,7 @@ class Block(nn.Module):
 
     1x1, depthwise 3x3 and 1x1 convolutions, each after BatchNorm and ELU. With a soft gate (Bulat
     et al. 2020; PAPER Table 3, row 7) the residual is multiplied by alpha, channel by channel.
-    Where the number of channels changes, the residual is a 1x1 convolution of x.
-    """
+    Where the number of channels changes, the residual is a 1x1 convolution of x."""
 
     def __init__(self, inputs, outputs, soft_gate=False):
         super().__init__()
@@ -273,7 +255,7 @@ class Stem(nn.Module):
         self.block1 = Block(C // 4, C // 2)
         self.block2 = Block(C // 2, C)
         self.block3 = Block(C, C)
-        self.attention = ATTENTION[config.stem_attention](C)
+        self.attention = attention(config.stem_attention, C)
 
     def forward(self, images):
         x = self.elu(self.bn(self.conv(images)))  # (B,C/4,H/2,W/2)
@@ -300,7 +282,7 @@ class Hourglass(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(Level(config) for _ in range(depth))  # [0] is the deepest
         self.bottom = Block(config.channels, config.channels, config.soft_gate)
-        self.neck = ATTENTION[neck_attention](config.channels)
+        self.neck = attention(neck_attention, config.channels)
 
     def forward(self, x):
         skips = []
@@ -319,8 +301,7 @@ class Hourglass(nn.Module):
 class Stage(nn.Module):
     """An hourglass, its heatmaps, and what the next stage starts from. PAPER Figure 1.
 
-    x (B,C,h,w) -> heatmaps (B,K,h,w), next x (B,C,h,w). The last stage returns its x unchanged.
-    """
+    x (B,C,h,w) -> heatmaps (B,K,h,w), next x (B,C,h,w). The last stage returns its x unchanged."""
 
     def __init__(self, config, index):
         super().__init__()
@@ -331,7 +312,7 @@ class Stage(nn.Module):
         self.conv = nn.Conv2d(C, C, 1, bias=False)
         self.bn = nn.BatchNorm2d(C)
         self.elu = nn.ELU()
-        self.attention = ATTENTION[config.stage_attention](C)
+        self.attention = attention(config.stage_attention, C)
         self.head = nn.Conv2d(C, K, 1)
         self.last = index == config.stages - 1
         if not self.last:
@@ -372,8 +353,7 @@ class LAPX(nn.Module):
     """The whole network: images (B,3,H,W), normalised RGB -> list of S heatmaps (B,K,h,w).
 
     PAPER Figure 1. The same in training and in evaluation; the last element is the prediction. Any
-    H and W from 64 on. InputError for images of another shape.
-    """
+    H and W from 64 on. InputError for images of another shape."""
 
     # PAPER SILENT: initial weights. PyTorch's defaults, but for alpha and gamma, which are 0.
     def __init__(self, config=LAPXConfig()):
@@ -428,10 +408,8 @@ VARIANTS = make_variants()
 # ---------------------------------------------------------------------------- decoding
 
 def heatmap_size(height, width):
-    """The size (h, w) of the heatmaps for an input of that size.
-
-    The stem's convolution halves it and rounds up, its pooling halves it and rounds down.
-    """
+    """The size (h, w) of the heatmaps for an input of that size: the stem's convolution halves it
+    and rounds up, its pooling halves it and rounds down."""
     return (height + 1) // 2 // 2, (width + 1) // 2 // 2
 
 
@@ -444,8 +422,7 @@ def decode(heatmaps, quarter_offset=True):
     The keypoint is the highest pixel, the first one if several are equal. With the quarter offset
     it then moves a quarter of a pixel towards the higher neighbour, left or right, up or down,
     unless it lies in columns or rows 0, 1 or the last (SimpleBaseline's border). If no pixel of a
-    map is above 0, the keypoint is (0, 0).
-    """
+    map is above 0, the keypoint is (0, 0)."""
     h, w = heatmaps.shape[2:]
     flat = heatmaps.flatten(2)  # (B,K,h*w)
     peak = flat.argmax(dim=2, keepdim=True)  # (B,K,1)
@@ -472,8 +449,7 @@ def reading(path, wanted):
     """Around the reading of somebody's file: whatever goes wrong becomes one sentence.
 
     The InputError names the file, what it must be (`wanted`) and the entry that the code inside was
-    at (by `where.entry = ...`, `where` being what this context manager gives).
-    """
+    at (by `where.entry = ...`, `where` being what this context manager gives)."""
     where = SimpleNamespace(entry="")
     try:
         yield where
@@ -505,8 +481,7 @@ def weights_path(weights):
     """A file of weights: `weights` itself, or the authors' file if it is a name in WEIGHTS.
 
     The authors' file is fetched once, into torch.hub's folder. A name goes before a file of that
-    name, which is then ./mpii. InputError if the file can't be fetched or is another one.
-    """
+    name, which is then ./mpii. InputError if the file can't be fetched or is another one."""
     if str(weights) not in WEIGHTS:
         return Path(weights)
     name, expected = WEIGHTS[str(weights)]
@@ -544,12 +519,16 @@ class Inert:
         pass
 
 
+SAVE = ("of a file that you trust, save the tensors alone: content = torch.load(FILE, "
+        "weights_only=False); torch.save(content['state_dict'], 'weights.pt'), or "
+        "content.state_dict() if it is a whole model")
+
+
 def load_file(path):
     """What torch.save wrote to a file, on the CPU: tensors and plain types.
 
     Nothing else is ever unpickled, since that can run any code: other things are replaced by Inert.
-    InputError if the file is missing, damaged or holds something dangerous.
-    """
+    InputError if the file is missing, damaged or holds something dangerous."""
     with reading(path, "a file of tensors that torch.save wrote, the whole of it"):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -562,10 +541,6 @@ def load_file(path):
             raise InputError(f"{path} holds {', '.join(foreign)}, which could run any code and is "
                              f"not loaded; {SAVE}") from error
 
-
-SAVE = ("of a file that you trust, save the tensors alone: content = torch.load(FILE, "
-        "weights_only=False); torch.save(content['state_dict'], 'weights.pt'), or "
-        "content.state_dict() if it is a whole model")
 
 # The authors' tensor names and ours, applied from top to bottom. Theirs count the levels of an
 # hourglass from the deepest, as ours do: hg.S.hg.D.B.0 is stage S, level D, block B.
@@ -592,7 +567,8 @@ AUTHORS_NAMES = (
     (r"\.position_attention\.g\.", ".non_local.value."),
     (r"\.position_attention\.out_proj\.", ".non_local.out."),
     (r"\.position_attention\.", ".non_local."),
-    (r"\.fc\.", ".mlp."),
+    (r"\.fc\.0\.", ".mlp.squeeze."),
+    (r"\.fc\.2\.", ".mlp.excite."),
     (r"\.pw_conv(\d)\.", r".pointwise\1."),
     (r"\.dw_conv\.", ".depthwise."),
     (r"\.downsample\.0\.", ".shortcut."),
@@ -602,84 +578,71 @@ AUTHORS_NAMES = (
 def our_name(name, dimensions):
     """A tensor's name in our naming. `dimensions`: how many the tensor has.
 
-    Prefixes of DistributedDataParallel and torch.compile are dropped.
-    """
+    Prefixes of DistributedDataParallel and torch.compile are dropped."""
     name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
     for theirs, ours in AUTHORS_NAMES:
         name = re.sub(theirs, ours, name)
-    if dimensions == 4:  # the authors' CBAM calls its 7x7 convolution as ECA calls its 1-D one
-        name = re.sub(r"\.(attention|neck)\.conv\.", r".\1.spatial.conv.", name)
-    return name
+    # the authors' plain ECA and the second half of their CBAM are both called conv
+    part = "spatial" if dimensions == 4 else "eca"
+    return re.sub(r"\.(attention|neck)\.conv\.", rf".\1.{part}.conv.", name)
+
+
+def dictionaries(item, seen):
+    """All dictionaries in a file's content, from the outermost on. seen: a set, empty at first."""
+    if id(item) in seen:  # a list can contain itself
+        return
+    seen.add(id(item))
+    if isinstance(item, dict):
+        yield item
+        item = list(item.values())
+    if isinstance(item, (list, tuple)):
+        for part in item:
+            yield from dictionaries(part, seen)
 
 
 def find_weights(content, path):
     """The network's tensors in a file's content, wherever they lie: {our name: tensor}.
 
     The first dictionary with the tensors of a LAPX is taken. What the tool thop adds to a model
-    (total_ops, total_params) is left out, and told. InputError if there is no such dictionary, or
-    if its tensors are not all dense, finite numbers.
-    """
-    queue = [content]
-    seen = set()
-    while queue:
-        item = queue.pop(0)
-        if id(item) in seen:  # a list can contain itself
-            continue
-        seen.add(id(item))
-        if isinstance(item, (list, tuple)):
-            queue.extend(item)
-        elif isinstance(item, dict):
-            queue.extend(item.values())
-            tensors = {our_name(name, tensor.ndim): tensor for name, tensor in item.items()
+    (total_ops, total_params) is left out, and told. InputError if there is no such dictionary."""
+    with reading(path, "the weights of a LAPX network"):
+        for found in dictionaries(content, set()):
+            tensors = {our_name(name, tensor.ndim): tensor for name, tensor in found.items()
                        if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
             if "stages.0.head.weight" in tensors:
                 break
-    else:
-        raise InputError(f"{path} holds no weights of a LAPX network: no tensor is named "
-                         f"stages.0.head.weight (score.0.weight in the authors' naming); {SAVE}")
-    extra = [name for name in tensors if re.search(r"(^|\.)total_(ops|params)$", name)]
-    for name in extra:
-        del tensors[name]
-    if extra:
-        print(f"{path}: {len(extra)} tensors left out, which the tool thop adds to a model "
-              f"({extra[0]}, ...)")
-    bad = [name for name, tensor in tensors.items() if not is_usable(tensor)]
-    if bad:
-        raise InputError(f"{path}: the tensor {bad[0]} ({len(bad)} in all) holds NaN or infinity, "
-                         "or is sparse, quantised or not all there; take an earlier checkpoint")
+        else:
+            raise InputError(f"{path} holds no weights of a LAPX network: no tensor is named "
+                             f"stages.0.head.weight (or score.0.weight, by the authors); {SAVE}")
+        extra = [name for name in tensors if name.endswith(("total_ops", "total_params"))]
+        for name in extra:
+            del tensors[name]
+        if extra:
+            print(f"{path}: {len(extra)} tensors left out, which the tool thop adds to a model "
+                  f"({extra[0]}, ...)")
     return tensors
 
 
-def is_usable(tensor):
-    """Whether a tensor holds all the numbers that its shape promises, and they are finite."""
-    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
-    whole = (tensor.layout == torch.strided and tensor.device.type == "cpu"
-             and tensor.dtype in kinds
-             and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes())
-    return whole and bool(tensor.isfinite().all())
+def check_finite(model, path):
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} has NaN or infinity; take an earlier checkpoint")
 
 
 def infer_config(tensors):
     """The LAPXConfig that tensors under our names belong to, from names and shapes alone.
 
-    gamma_target leaves no trace in the weights and is the default.
-    """
-    def attention(prefix):
-        for kind, trace in (("ECA-NonLocal", "non_local.gamma"), ("ECA-CBAM", "eca.conv.weight"),
-                            ("CBAM", "mlp.0.weight"), ("ECA", "conv.weight")):
-            if f"{prefix}.{trace}" in tensors:
-                return kind
-        return None
+    gamma_target leaves no trace in the weights and is the default."""
+    def kind(prefix):
+        parts = {name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)}
+        return next(kind for kind, known in ATTENTION.items() if set(known) == parts)
 
     num_joints, channels, _, _ = tensors["stages.0.head.weight"].shape
     stages = sum(bool(re.fullmatch(r"stages\.\d+\.head\.weight", name)) for name in tensors)
     return LAPXConfig(
-        num_joints, stages, channels,
-        soft_gate="stages.0.hourglass.bottom.alpha" in tensors,
-        stem_attention=attention("stem.attention"),
-        stage_attention=attention("stages.0.attention"),
-        neck_attention=tuple(attention(f"stages.{s}.hourglass.neck") for s in range(stages)),
-    )
+        num_joints, stages, channels, "stages.0.hourglass.bottom.alpha" in tensors,
+        kind("stem.attention."), kind("stages.0.attention."),
+        tuple(kind(f"stages.{stage}.hourglass.neck.") for stage in range(stages)))
 
 
 def variant_name(config):
@@ -693,8 +656,7 @@ def variant_name(config):
 def from_checkpoint(content, path):
     """A LAPX with the weights in a file's content (what load_file returned for that path).
 
-    Every tensor must fit; InputError names those that do not.
-    """
+    Every tensor must fit; InputError names those that do not."""
     tensors = find_weights(content, path)
     with reading(path, "the weights of a LAPX network"):
         config = infer_config(tensors)
@@ -703,9 +665,9 @@ def from_checkpoint(content, path):
             config = replace(config, gamma_target=float(own["gamma_target"]))
         with torch.device("meta"):  # shapes alone, no memory, until they are compared
             model = LAPX(config)
-        model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()},
-                              assign=True)
-    return model.float()
+        model.load_state_dict(tensors, assign=True)
+        check_finite(model, path)
+        return model.float()
 
 
 def lapx(num_joints=None, variant=None, weights=None):
@@ -713,21 +675,19 @@ def lapx(num_joints=None, variant=None, weights=None):
 
     weights: a checkpoint of train.py, a plain state_dict, one of the authors' files, or a name in
     WEIGHTS. The file says how many joints and which variant it has. InputError where num_joints or
-    variant contradicts it (see load_fitting), where it is damaged, unsafe or does not fit.
-    """
+    variant contradicts it (see load_fitting), where it is damaged, unsafe or does not fit."""
     if variant not in (None, *VARIANTS):
         raise InputError(f"unknown variant {variant!r}; there are {', '.join(VARIANTS)}")
     if weights is None:
         return LAPX(replace(VARIANTS[variant or "lapx"], num_joints=num_joints or 16))
     path = weights_path(weights)
     model = from_checkpoint(load_file(path), path)
-    wanted = replace(VARIANTS[variant] if variant else model.config,
-                     num_joints=num_joints or model.config.num_joints,
-                     gamma_target=model.config.gamma_target)
-    if wanted != model.config:
-        raise InputError(f"{path} is {variant_name(model.config)} with {model.config.num_joints} "
-                         "joints, which contradicts num_joints or variant; leave them out, or use "
-                         "load_fitting")
+    found = model.config
+    wanted = replace(VARIANTS[variant] if variant else found, gamma_target=found.gamma_target,
+                     num_joints=num_joints or found.num_joints)
+    if wanted != found:
+        raise InputError(f"{path} is {variant_name(found)} with {found.num_joints} joints, which "
+                         "contradicts num_joints or variant; leave them out, or use load_fitting")
     return model
 
 
@@ -735,8 +695,7 @@ def load_fitting(model, weights):
     """Fine-tuning: gives a LAPX a file's weights in every layer whose shape fits.
 
     For joints of one's own: model = lapx(num_joints=5); load_fitting(model, "mpii").
-    -> the names of the tensors that did not fit and keep their values. InputError if none fits.
-    """
+    -> the names of the tensors that did not fit and keep their values. InputError if none fits."""
     path = weights_path(weights)
     tensors = find_weights(load_file(path), path)
     own = model.state_dict()
@@ -745,7 +704,9 @@ def load_fitting(model, weights):
     if not any("pointwise" in name for name in fitting):  # attention fits any width
         raise InputError(f"{path} has no layer of the shape of one of this network; choose the "
                          "variant that it was trained as")
-    model.load_state_dict(fitting, strict=False)
+    with reading(path, "the weights of a LAPX network"):
+        model.load_state_dict(fitting, strict=False)
+        check_finite(model, path)
     return [name for name in own if name not in fitting]
 
 
@@ -760,62 +721,53 @@ class Cost(NamedTuple):
     thop_flops: int
 
 
-@functools.lru_cache
 def count(config, height, width):
     """The Cost of a network for one picture of height x width."""
     # PAPER SILENT: counting of parameters and FLOPs. The figures of PAPER Tables 1 to 3 are those
     # of the tool thop. It leaves out bare parameters (alpha and gamma). Its FLOPs are the
     # multiply-adds, plus 4 per element that a BatchNorm puts out, plus 1 per element that an
     # adaptive average pooling (one in each channel attention) takes in.
-    multiply_adds = []
     extra = []
 
     def add(module, inputs, output):  # a forward hook
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
-            multiply_adds.append(output.numel() * module.weight[0].numel())
-        elif isinstance(module, NonLocal):  # two products of (h*w, h*w) with (h*w, C/8)
-            cells = output[0, 0].numel()
-            multiply_adds.append(2 * cells ** 2 * module.value.out_channels)
-        elif isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):
             extra.append(4 * output.numel())
-        elif isinstance(module, (ECA, CBAM)):
-            extra.append(inputs[0].numel())
+        elif isinstance(module, (ECA, ChannelMLP)):
+            extra.append(output.numel())
 
-    with torch.device("meta"), torch.no_grad():  # shapes alone, no numbers
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:  # shapes alone, no numbers
         model = LAPX(config).eval()
         for module in model.modules():
             module.register_forward_hook(add)
         model(torch.zeros(1, 3, height, width))
+    multiply_adds = counter.get_total_flops() // 2  # torch counts multiplications and additions
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     bare = sum(n for name, n in parameters.items() if name.endswith((".alpha", ".gamma")))
     total = sum(parameters.values())
-    return Cost(total, total - bare, sum(multiply_adds), sum(multiply_adds) + sum(extra))
+    return Cost(total, total - bare, multiply_adds, multiply_adds + sum(extra))
 
 
-# What PAPER Tables 1 to 3 print: millions of parameters with 16 joints, and GFLOPs at the sizes
-# (H, W, joints) of COUNT_SIZES.
-COUNT_SIZES = ((256, 256, 16), (256, 192, 17), (384, 288, 17))
-PAPER = {"lapx": ("2.30", "3.45", "2.59", "5.82"), "lap": ("2.34", "3.70", "", "")} | {
-    f"row{row}": (millions, "", "", "") for row, millions in enumerate(
-        "2.30 2.26 2.25 2.23 2.28 2.26 2.26 2.26 2.26 2.26 2.30 2.30 2.30 2.30".split(), start=1)}
+# What PAPER Tables 1 to 3 print: variant, input (H, W), joints, 10^6 parameters, 10^9 FLOPs.
+PAPER = [("lapx", 256, 256, 16, "2.30", "3.45"), ("lapx", 256, 192, 17, "2.30", "2.59"),
+         ("lapx", 384, 288, 17, "2.30", "5.82"), ("lap", 256, 256, 16, "2.34", "3.70")]
+PAPER += [(f"row{row}", 256, 256, 16, millions, "") for row, millions in enumerate(
+    "2.30 2.26 2.25 2.23 2.28 2.26 2.26 2.26 2.26 2.26 2.30 2.30 2.30 2.30".split(), start=1)]
 
 
 def main():
     argparse.ArgumentParser(
         description="Prints parameters and cost of every variant beside the paper's figures. "
         "thop: counted as the paper's tool counts; paper: printed in the paper.").parse_args()
-    for number, (height, width, joints) in enumerate(COUNT_SIZES, start=1):
-        print(f"{height}x{width}, {joints} joints\n{'':16}|{'parameters':^26}|{'10^9':^27}\n"
-              f"variant  S    C |    true      thop  paper | multiply-adds  thop  paper")
-        for name, config in VARIANTS.items():
-            if joints != 16 and not PAPER[name][number]:
-                continue
-            config = replace(config, num_joints=joints, gamma_target=0)  # rows 11-14 cost the same
-            cost = count(config, height, width)
-            millions = PAPER[name][0] + " M"
-            print(f"{name:7}{config.stages:3}{config.channels:5} |{cost.parameters:8}"
-                  f"{cost.thop_parameters:10} {millions} |{cost.multiply_adds / 1e9:14.4f}"
-                  f"{cost.thop_flops / 1e9:6.2f}{PAPER[name][number]:>7}", flush=True)
+    print(f"{'variant, input, joints':22}|  S   C |{'parameters':^23}|{'10^9':^26}\n"
+          f"{'':22}|        |    true    thop paper | multiply-adds  thop paper")
+    for name, height, width, joints, millions, gigaflops in PAPER:
+        config = replace(VARIANTS[name], num_joints=joints)
+        cost = count(config, height, width)
+        print(f"{name:7}{height:5}x{width}{joints:5}  |{config.stages:3}{config.channels:4} |"
+              f"{cost.parameters:8}{cost.thop_parameters:8}{millions:>6} |"
+              f"{cost.multiply_adds / 1e9:14.4f}{cost.thop_flops / 1e9:6.2f}{gigaflops:>6}",
+              flush=True)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@
   python train.py --dataset mpii --resume auto           # goes on with a run
   torchrun --nproc_per_node=4 train.py --dataset mpii    # 4 GPUs, same batch
 
-A run's folder gets recipe.json, log.csv, last.pt (everything, to resume),
-best.pt (the best epoch's network), at the end curve.png and predictions.png.
+A run's folder gets recipe.json, log.csv, last.pt (to resume), best.pt (the best
+epoch's network), at the end curve.png and predictions.png.
 
 Every random choice is a function of the seed, the epoch and the person. So on
 one machine's CPU the same command gives the same weights, whatever --workers is
-and however often the run was killed and resumed.
-"""
+and however often the run was killed and resumed."""
 
 import argparse
 import io
@@ -21,20 +20,20 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 import data
 import evaluate
-from data import (DATASETS, Augmentation, PoseDataset, computing, gaussian_targets, normalise,
-                  plural, target_sigma)
+from data import DATASETS, PoseDataset, gaussian_targets, normalise, plural
 from lapx import SKELETONS, VARIANTS, InputError, lapx, load_file, load_fitting, reading
 
 # Four words: config, the network's shape; info, what belongs to its weights (evaluate.model_info);
@@ -78,8 +77,7 @@ def schedule_gamma(model, optimiser, value):
     they are in this step.
 
     These are all parameters of the Non-Local modules while gamma is 0, the gammas alone while it
-    rises, and none afterwards. The first step with a free gamma starts at gamma_target.
-    """
+    rises, and none afterwards. The first step with a free gamma starts at gamma_target."""
     # PAPER SILENT: what "frozen" means. The Non-Local modules get no gradient and have no state in
     # Adam, as if they were not there yet (the authors' code leaves them out). From the first step
     # in which gamma rises their weights learn; gamma itself is set until the ramp ends.
@@ -98,8 +96,7 @@ def schedule_gamma(model, optimiser, value):
 def heatmap_loss(outputs, targets, weights):
     """The loss with intermediate supervision, in float32: a scalar. PAPER eq. 4.1, 4.2.
 
-    outputs: S heatmaps (B,K,h,w); targets (B,K,h,w); weights (B,K), 0 for joints to leave out.
-    """
+    outputs: S heatmaps (B,K,h,w); targets (B,K,h,w); weights (B,K), 0 for joints to leave out."""
     # PAPER SILENT: norm in the loss. We sum squared differences over the pixels of a map.
     loss = 0
     for heatmaps in outputs:
@@ -119,27 +116,27 @@ def epoch_batches(persons, batch_size, seed, epoch, rank=0, world=1):
             for start in range(0, persons - batch_size + 1, batch_size)]
 
 
-def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device, progress=None):
+def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     """One epoch: load, forward, loss, backward, step. -> mean loss, images/s, share of waiting.
 
     wrapped: what torch.compile and DistributedDataParallel made of the model, or the model. epoch:
     from 0. recipe: a Namespace of default_recipe's fields. InputError at a loss that is not finite.
     """
     steps = len(loader)
-    size = recipe.input
+    lr = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
+        group["lr"] = lr
     losses = torch.zeros(steps, device=device)
     look_every = 50 if device.type == "cuda" else 1  # reading a loss makes a GPU wait
     model.train()
     start = requested = time.perf_counter()
     waited = 0.0
-    for step, (_, crops, joints, visible) in enumerate(loader):
+    for step, (_, crops, joints, visible) in enumerate(data.progress(loader, "steps")):
         waited += time.perf_counter() - requested
         images = normalise(crops.to(device, non_blocking=True))  # (B,3,H,W)
         joints = joints.to(device, non_blocking=True)  # (B,K,2)
         visible = visible.to(device, non_blocking=True)  # (B,K)
-        targets, weights = gaussian_targets(joints, visible, size, target_sigma(size))
+        targets, weights = gaussian_targets(joints, visible, recipe.input)
         gamma = gamma_at(epoch + step / steps, recipe.gamma_warmup, recipe.gamma_ramp,
                          model.config.gamma_target)
         frozen = schedule_gamma(model, optimiser, gamma)
@@ -155,29 +152,21 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device, progre
 
         losses[step] = loss.detach()
         if (step + 1) % look_every == 0 or step + 1 == steps:
-            check_losses(losses[:step + 1], epoch, optimiser)
-        if progress:
-            progress(step + 1)
+            bad = (~losses.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                raise InputError(
+                    f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}, "
+                    f"with learning rate {lr:g}; last.pt, if there is one, is from before: "
+                    "--resume auto with a lower --lr, or with --precision float32")
         requested = time.perf_counter()
     seconds = time.perf_counter() - start
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    if processes > 1:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world > 1:
         dist.all_reduce(losses)
-    return (losses.mean().item() / processes, steps * len(images) * processes / seconds,
-            waited / seconds)
+    return losses.mean().item() / world, steps * len(images) * world / seconds, waited / seconds
 
 
 # ---------------------------------------------------------------------------- recipe and checkpoint
-
-def check_losses(losses, epoch, optimiser):
-    """InputError at the epoch's first loss that is not finite, before anything is saved."""
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise InputError(
-            f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}, with "
-            f"learning rate {optimiser.param_groups[0]['lr']:g}; last.pt, if there is one, is from "
-            "before: --resume auto with a lower --lr, or with --precision float32")
-
 
 CHANGEABLE = ("lr", "precision")  # of a run that is resumed: the cures for a loss that diverges
 
@@ -185,33 +174,10 @@ CHANGEABLE = ("lr", "precision")  # of a run that is resumed: the cures for a lo
 def default_recipe(dataset):
     """All that decides a run's weights, as plain types."""
     known = DATASETS[dataset]
-    return dict(dataset=dataset, splits=[known.train, known.valid], skeleton=known.skeleton,
+    return dict(dataset=dataset, splits=list(known.splits), skeleton=known.skeleton,
                 input=list(known.size), variant="lapx", **RECIPES[dataset],
-                scale=known.augmentation.scale, rotation=known.augmentation.rotation,
+                scale=known.augmentation[0], rotation=known.augmentation[1],
                 precision="auto", compile=False, seed=0, overfit=0, init="")
-
-
-def new_recipe(args):
-    """The flags over the data set's defaults -> a recipe."""
-    recipe = default_recipe(args.dataset or "synthetic")
-    if args.epochs and args.epochs != recipe["epochs"]:
-        ratio = args.epochs / recipe["epochs"]
-        print(f"{plural(args.epochs, 'epoch')}, not {recipe['epochs']}: milestones and gamma "
-              "schedule are scaled in proportion")
-        recipe["milestones"] = [round(ratio * epoch, 3) for epoch in recipe["milestones"]]
-        for name in ("gamma_warmup", "gamma_ramp"):
-            recipe[name] = round(ratio * recipe[name], 3)
-    return recipe | given_flags(args, recipe)
-
-
-def given_flags(args, recipe):
-    """The flags on the command line that belong to a recipe, as plain types."""
-    given = {name: getattr(args, name) for name in recipe if getattr(args, name, None) is not None}
-    if "input" in given:
-        given["input"] = list(given["input"])
-    if given.get("precision") == "auto":
-        given["precision"] = fast_precision(args.device)
-    return given
 
 
 def fast_precision(device):
@@ -227,66 +193,63 @@ def fast_precision(device):
                                              cpu.read_text()) else "float32"
 
 
-@dataclass
-class Plan:
-    """A run to begin or to go on with."""
+def new_recipe(dataset, given):
+    """The recipe of a new run: the flags that were given over the data set's defaults."""
+    recipe = default_recipe(dataset)
+    ratio = given.get("epochs", recipe["epochs"]) / recipe["epochs"]
+    if ratio != 1:
+        print(f"{plural(given['epochs'], 'epoch')}, not {recipe['epochs']}: milestones and gamma "
+              "schedule are scaled in proportion")
+        recipe["milestones"] = [round(ratio * epoch, 3) for epoch in recipe["milestones"]]
+        for name in ("gamma_warmup", "gamma_ramp"):
+            recipe[name] = round(ratio * recipe[name], 3)
+    return recipe | given
 
-    recipe: dict
-    data: str  # the data set's folder
-    saved: dict | None  # the content of last.pt; None before the first epoch is saved
-    changed: str  # what the flags change in the recipe, in words
 
-
-def resume(args, out):
-    """The run that --resume names -> its Plan; None where --resume auto finds none."""
-    path = out / "last.pt" if args.resume == "auto" else Path(args.resume)
-    saved = None
-    if args.resume != "auto" or path.exists():
-        saved = load_file(path)
-        kind = "a last.pt of train.py (--init takes the weights alone of other files)"
-    else:
-        path = out / "recipe.json"
-        if not path.exists():
-            return None
-        kind = "a recipe.json of train.py"
-    with reading(path, kind) as where:
-        content = saved or data.read_json(path)
+def read_recipe(path, given):
+    """The recipe.json of a run that is resumed, with the flags that were given -> recipe, folder of
+    the data set. InputError where a flag contradicts the recipe."""
+    with reading(path, "a recipe.json of train.py") as where:
+        content = data.read_json(path)
+        where.entry = "data"
+        root = os.fspath(content["data"])
         where.entry = "recipe"
         recipe = dict(content["recipe"])
-        template = default_recipe(recipe["dataset"])
-        for name, value in template.items():
+        for name, value in default_recipe(recipe["dataset"]).items():
             number = isinstance(value, (int, float)) and isinstance(recipe[name], (int, float))
             if not number and type(recipe[name]) is not type(value):
                 raise TypeError(f"{name} is {recipe[name]!r}")
-        where.entry = "data"
-        root = os.fspath(content["data"])
-        if saved:
-            where.entry = "history"
-            for row in saved["history"]:
-                if set(row) != set(saved["history"][0]) or not {"loss", "lr"} <= set(row):
-                    raise ValueError("its rows differ")
-                [float(value) for name, value in row.items() if name != "changed"]
-    given = {name: value for name, value in given_flags(args, template).items()
-             if value != recipe[name]}
-    for name in given:
-        if name not in CHANGEABLE:
-            raise InputError(f"{path} is a run with {name.replace('_', '-')} {recipe[name]}; a run "
-                             f"that is resumed keeps its recipe, but for --lr and --precision: "
-                             "leave the flag out, or start another run (--init takes the weights)")
-    changed = ", ".join(f"{name} {recipe[name]} -> {value}" for name, value in given.items())
-    return Plan(recipe | given, root, saved, changed)
+    for name, value in given.items():
+        if value != recipe[name]:
+            if name not in CHANGEABLE:
+                raise InputError(
+                    f"{path} is a run with {name.replace('_', '-')} {recipe[name]}; a run that is "
+                    "resumed keeps its recipe, but for --lr and --precision: leave the flag out, "
+                    "or start another run (--init takes the weights)")
+            print(f"the recipe changes: {name} {recipe[name]} -> {value}")
+    return recipe | given, root
 
 
-def load_optimiser(optimiser, state, path):
-    """A checkpoint's state of the optimiser; InputError if it does not fit the parameters."""
-    with reading(path, "a last.pt of train.py") as where:
+def restore(path, model, optimiser):
+    """Puts a last.pt into the model and the optimiser -> its history, a row for each epoch."""
+    with reading(path, "a last.pt of train.py (--init takes the weights alone of others)") as where:
+        saved = load_file(path)
+        where.entry = "model"
+        model.load_state_dict(saved["model"])
         where.entry = "optimiser"
-        optimiser.load_state_dict(state)
-        for parameter, values in optimiser.state.items():  # frozen ones have none
-            for name in ("exp_avg", "exp_avg_sq"):
-                if values[name].shape != parameter.shape:
-                    raise ValueError(f"{name} has the shape {tuple(values[name].shape)}")
-            float(values["step"])
+        optimiser.load_state_dict(saved["optimiser"])
+        for parameter, state in optimiser.state.items():  # frozen ones have none
+            float(state["step"])
+            if not state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape:
+                raise ValueError("its shapes are not the parameters'")
+        where.entry = "history"
+        history = saved["history"]
+        for row in history:
+            if set(row) != set(history[0]):
+                raise ValueError("its rows differ")
+            [float(value) for name, value in row.items() if name != "precision"]
+            percent(row)
+    return history
 
 
 def save(path, content):
@@ -310,27 +273,33 @@ def main():
     world = int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # the first process talks for all
+
+    # recipe
     out = args.out or Path("runs") / (args.dataset or "synthetic")
+    last = out / "last.pt"
     if args.resume not in (None, "auto"):
-        out = Path(args.resume).parent
+        last = Path(args.resume)
+        out = last.parent
         if args.out and args.out.resolve() != out.resolve():
-            raise InputError(f"--resume {args.resume} goes on in {out}, not in --out {args.out}; "
-                             "copy the folder to go on elsewhere")
-    plan = resume(args, out) if args.resume else None
-    fresh = plan is None
+            raise InputError(f"--resume {last} goes on in {out}, not in --out {args.out}; copy the "
+                             "folder to go on elsewhere")
+    given = {name: list(value) if name == "input" else value for name, value in vars(args).items()
+             if name in default_recipe("mpii") and value is not None}
+    if given.get("precision") == "auto":
+        given["precision"] = fast_precision(args.device)
+    begun = (out / "recipe.json").exists()
+    fresh = not args.resume or args.resume == "auto" and not begun
     if fresh:
         if out.exists() and any(out.iterdir()):
             raise InputError(f"{out} is not empty: --resume auto goes on with the run in it, --out "
                              "DIR starts another one elsewhere")
-        recipe = new_recipe(args)
-        if recipe["precision"] == "auto":
-            recipe["precision"] = fast_precision(args.device)
-        root = data.data_folder(args.data, recipe["dataset"])
-        plan = Plan(recipe, str(root), saved=None, changed="")
-    saved = plan.saved
-    changed = plan.changed
-    root = str(args.data or plan.data)
-    recipe = argparse.Namespace(**plan.recipe)
+        dataset = args.dataset or "synthetic"
+        recipe = new_recipe(dataset, {"precision": fast_precision(args.device)} | given)
+        root = str(data.data_folder(args.data, dataset))
+    else:
+        recipe, root = read_recipe(out / "recipe.json", given)
+        root = str(args.data or root)
+    recipe = argparse.Namespace(**recipe)
     if not (recipe.lr > 0 and recipe.gamma_warmup >= 0 and recipe.gamma_ramp >= 0
             and 0 <= recipe.scale < 1 and 0 <= recipe.rotation <= 180):
         raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp at least 0, "
@@ -347,20 +316,16 @@ def main():
     # data
     skeleton = SKELETONS[recipe.skeleton]
     size = tuple(recipe.input)
-    augmentation = Augmentation(recipe.scale, recipe.rotation)
+    augmentation = (recipe.scale, recipe.rotation)
     people = data.load_people(recipe.dataset, root, recipe.splits[0], size, skeleton)
     if recipe.overfit:  # the same pictures to train and to score, exactly as they are
-        _, first = np.unique(people.image_id, return_index=True)
-        pictures = people.image_id[np.sort(first)[:recipe.overfit]]
-        rows = np.flatnonzero(np.isin(people.image_id, pictures))
-        truth = evaluate.read_truth(people, recipe.dataset, root, recipe.splits[0], rows)
-        people = valid = people.rows(rows)
+        people = valid = people.in_first_pictures(recipe.overfit)
         augmentation = None
-        print(f"overfitting {plural(len(people), 'person')} in "
-              f"{plural(len(pictures), 'picture')}, unaugmented")
+        print(f"overfitting {plural(len(people), 'person')} in at most "
+              f"{plural(recipe.overfit, 'picture')}, unaugmented")
     else:
+        people.truth = None  # only the others are scored
         valid = data.load_people(recipe.dataset, root, recipe.splits[1], size, skeleton)
-        truth = evaluate.read_truth(valid, recipe.dataset, root, recipe.splits[1])
     batch_size = min(recipe.batch_size, len(people)) // world * world
     if not batch_size:
         raise InputError(f"--batch-size {recipe.batch_size} with {plural(len(people), 'person')} "
@@ -388,11 +353,8 @@ def main():
     optimiser = torch.optim.Adam(model.parameters(), recipe.lr,
                                  fused=device.type in ("cpu", "cuda"))
     history = []
-    if saved:
-        with reading(out / "last.pt", "a last.pt of train.py"):
-            model.load_state_dict(saved["model"])
-        load_optimiser(optimiser, saved["optimiser"], out / "last.pt")
-        history = saved["history"]
+    if not fresh and (last.exists() or args.resume != "auto"):
+        history = restore(last, model, optimiser)
         print(f"resumed after epoch {len(history)}")
     elif recipe.init:
         missing = load_fitting(model, recipe.init)
@@ -409,8 +371,6 @@ def main():
     # the folder
     if fresh and args.resume:
         print(f"{out} has no run to resume: a new run")
-    if changed:
-        print(f"the recipe changes: {changed}")
     if len(history) >= recipe.epochs and (out / "predictions.png").exists():
         print(f"all {plural(recipe.epochs, 'epoch')} are done: nothing to do")
         return
@@ -424,18 +384,11 @@ def main():
         take_folder(out, {"recipe": vars(recipe), "data": root, "facts": facts}, fresh)
 
     def evaluate_people(flip):
-        """-> the joints (N,K,3) of the validation people, and the metrics. Processes share them."""
+        """-> the joints (N,K,3) of the validation people, and the metrics."""
         model.eval()
-        part = evaluate.predict(network, valid.rows(np.arange(rank, len(valid), world)), flip,
-                                batch_size=max(1, batch_size // world), workers=args.workers)
-        parts = [part]
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, part)
-        keypoints = np.zeros((len(valid), *part.shape[1:]))
-        for number, part in enumerate(parts):
-            keypoints[number::world] = part
-        return keypoints, evaluate.score(keypoints, valid, truth, network)
+        keypoints = evaluate.predict(network, valid, flip, batch_size=batch_size,
+                                     workers=args.workers)
+        return keypoints, evaluate.score(keypoints, valid, network)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
@@ -445,36 +398,32 @@ def main():
         for epoch in range(len(history), recipe.epochs):
             start = time.monotonic()
             batches[:] = epoch_batches(len(people), batch_size, recipe.seed, epoch, rank, world)
-            progress = evaluate.show_progress(len(batches), "steps") if rank == 0 else None
-            with computing(batch_size, size):
-                loss, speed, waiting = train_epoch(wrapped, model, optimiser, loader, epoch,
-                                                   recipe, device, progress)
-            if world > 1:
-                for buffer in model.buffers():  # the first process's running statistics
-                    dist.broadcast(buffer, 0)
+            loss, speed, waiting = train_epoch(wrapped, model, optimiser, loader, epoch, recipe,
+                                               device)
+            if rank > 0:  # the first process's network is scored and saved
+                history.append(None)
+                continue
             _, metrics = evaluate_people(flip=False)
             gammas = {f"gamma{number}": stage.hourglass.neck.non_local.gamma.item()
                       for number, stage in enumerate(model.stages, start=1)
                       if hasattr(stage.hourglass.neck, "non_local")}
             row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
                    **gammas, **metrics, "images_per_second": speed, "waiting": waiting,
-                   "seconds": time.monotonic() - start, "changed": changed}
-            changed = ""
+                   "seconds": time.monotonic() - start, "precision": recipe.precision}
             history.append(row)
             left = round((recipe.epochs - epoch - 1) * row["seconds"])
             gammas = " ".join(f"{gamma:.3f}" for gamma in gammas.values()) or "-"
             print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
                   f"{percent(metrics):8.2f} {speed:8.1f} {waiting:7.1%} "
                   f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
-            if rank == 0:
-                content = {"config": asdict(model.config), "info": info,
-                           "model": model.state_dict()}
-                if not any(percent(row) > percent(metrics) for row in history):
-                    save(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
-                data.write_csv(out / "log.csv", history)
-                save(out / "last.pt", content | {
-                    "recipe": vars(recipe), "data": root, "history": history,
-                    "optimiser": optimiser.state_dict()})
+            content = {"config": asdict(model.config), "info": info, "model": model.state_dict()}
+            if not any(percent(row) > percent(metrics) for row in history):
+                save(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
+            data.write_csv(out / "log.csv", history)
+            save(out / "last.pt", content | {"history": history,
+                                             "optimiser": optimiser.state_dict()})
+        if rank > 0:
+            return
 
         # PAPER SILENT: which epoch is scored. The last one; the best one would be picked by the
         # very people that it is scored on.
@@ -482,12 +431,12 @@ def main():
             keypoints, metrics = evaluate_people(flip)
             evaluate.report(metrics, f"{recipe.dataset}, {plural(len(valid), 'person')}, boxes "
                             f"annotated (gt),\ninput {size[0]}x{size[1]}, last epoch, "
-                            f"{'flip test with shift' if flip else 'no flip test'}", truth)
-        if rank == 0:
-            data.write_png(out / "curve.png", draw_curve(history))
-            data.write_png(out / "predictions.png", draw_predictions(
-                PoseDataset(valid, size, skeleton), keypoints, skeleton))
-            print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
+                            f"{'flip test with shift' if flip else 'no flip test'}",
+                            valid.head_source)
+        data.write_png(out / "curve.png", draw_curve(history))
+        data.write_png(out / "predictions.png", draw_predictions(
+            PoseDataset(valid, size, skeleton), keypoints, skeleton))
+        print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
     except KeyboardInterrupt:
         print(f"stopped after epoch {len(history)} of {recipe.epochs}; go on with: python train.py "
               f"--resume auto --out {out}", flush=True)
@@ -499,15 +448,14 @@ def main():
 
 def take_folder(out, content, fresh):
     """Makes a new run's folder its own, or cleans that of a resumed one of halves of files."""
-    text = json.dumps(content, indent=1) + "\n"
     if not fresh:
         for part in out.glob(".*.part"):  # of writes that were killed
             part.unlink()
-        return data.write_file(out / "recipe.json", text)
+        return data.write_json(out / "recipe.json", content)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "recipe.json", "x") as file:  # fails if another run was quicker
-            file.write(text)
+            json.dump(content, file, indent=1)
     except OSError as error:
         raise InputError(f"{out / 'recipe.json'} can't be made ({error.strerror}); if another run "
                          "has just started there, choose another --out") from error
@@ -517,16 +465,23 @@ def take_folder(out, content, fresh):
 
 def draw_curve(history):
     """Loss, score and gamma over the epochs: a Pillow picture with a panel for each."""
-    def curve(name):
-        return [row[name] for row in history]
-
     score = "AP" if "AP" in history[0] else "Mean"
-    panels = {"loss": {"": curve("loss")},
-              f"{score} of the validation people": {"": curve(score)},
-              "gamma": {f"stage {name[5:]}": curve(name) for name in history[0]
-                        if name.startswith("gamma")}}
-    return data.line_charts(curve("epoch"), {name: curves for name, curves in panels.items()
-                                             if curves}, "epoch")
+    panels = {"loss": ["loss"], f"{score} of the validation people": [score],
+              "gamma": [name for name in history[0] if name.startswith("gamma")]}
+    picture = Image.new("RGB", (720, 720), "white")
+    draw = ImageDraw.Draw(picture)
+    epochs = [row["epoch"] for row in history]
+    for number, (title, names) in enumerate(panels.items()):
+        curves = np.nan_to_num([[row[name] for row in history] for name in names])
+        place = data.draw_axes(draw, (70, 240 * number + 30, 700, 240 * number + 190), epochs,
+                               [*curves.flat, 0], "epoch", title)
+        for name, curve, colour in zip(names, curves, (data.RIGHT, data.LEFT)):
+            points = [place(x, y) for x, y in zip(epochs, curve)]
+            draw.line(points, colour, 2)
+            for point in points:
+                draw.circle(point, 2, colour)
+            draw.text(points[-1], name, colour, data.font(size=14), "rs")
+    return picture
 
 
 def draw_predictions(samples, keypoints, skeleton, count=12):
@@ -547,37 +502,32 @@ def draw_predictions(samples, keypoints, skeleton, count=12):
 # ---------------------------------------------------------------------------- flags
 
 def parse():
+    defaults = "\n".join(textwrap.fill(
+        f"{name}: {', '.join(f'{key} {value}' for key, value in recipe.items())}", 78)
+        for name, recipe in RECIPES.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, epilog=defaults, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_data_arguments(parser, "synthetic, drawn on the fly",
                             "256x256 for mpii, 256x192 for coco, 128x128 for synthetic")
     group = parser.add_argument_group(
-        "recipe (kept by a run that is resumed, but for --lr and --precision)")
-
-    def add(flag, help, **how):
-        defaults = {name: default_recipe(name)[flag.replace("-", "_")] for name in RECIPES}
-        same = len(set(map(str, defaults.values()))) == 1
-        told = ", ".join(f"{value} for {name}" for name, value in defaults.items())
-        group.add_argument(f"--{flag}", help=f"{help} (default: "
-                           f"{defaults['mpii'] if same else told})".replace("%", "%%"), **how)
-
-    add("variant", "a row of Table 3", choices=VARIANTS, metavar="NAME")
-    group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"),
-                       help="default: train valid, or train2017 val2017 for coco")
-    add("epochs", "another number scales the milestones of the learning rate and gamma's schedule",
-        type=data.number_from(1))
-    add("batch-size", "in total, over all processes", type=data.number_from(1))
-    add("lr", "Adam's learning rate", type=float)
-    add("gamma-warmup", "epochs with gamma 0", type=float, metavar="EPOCHS")
-    add("gamma-ramp", "epochs in which gamma rises", type=float, metavar="EPOCHS")
-    add("scale", "the box's size varies by this share", type=float)
-    add("rotation", "degrees at most, either way", type=float)
-    add("precision", "float32: TF32 is off; tf32: PyTorch's own setting; bfloat16: autocast; auto: "
-        "tf32 on CUDA, bfloat16 on CPUs that compute in it",
-        choices=["auto", "float32", "tf32", "bfloat16"])
+        "recipe (a resumed run keeps it, but for --lr and --precision; defaults: below)")
+    group.add_argument("--variant", help="a row of Table 3", choices=VARIANTS, metavar="NAME")
+    group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"))
+    group.add_argument("--epochs", type=data.number_from(1), metavar="N",
+                       help="scales the milestones of the learning rate and gamma's schedule")
+    group.add_argument("--batch-size", type=data.number_from(1), metavar="N",
+                       help="in total, over all processes")
+    group.add_argument("--lr", type=float, help="Adam's learning rate")
+    group.add_argument("--gamma-warmup", type=float, metavar="EPOCHS", help="with gamma 0")
+    group.add_argument("--gamma-ramp", type=float, metavar="EPOCHS", help="in which gamma rises")
+    group.add_argument("--scale", type=float, help="the box's size varies by this share")
+    group.add_argument("--rotation", type=float, help="degrees at most, either way")
+    group.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"],
+                       help="float32: TF32 is off; tf32: PyTorch's own setting; bfloat16: "
+                       "autocast; auto: tf32 on CUDA, bfloat16 on CPUs that compute in it")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile: "
                        "minutes to start, then faster steps; CUDA graphs on a GPU")
-    add("seed", "of everything random", type=data.number_from(0))
+    group.add_argument("--seed", type=data.number_from(0), help="of everything random")
     group.add_argument("--overfit", type=data.number_from(1), metavar="N",
                        help="train on N pictures and score on the same: a check of a setup")
     group.add_argument("--init", metavar="FILE", help="start from these weights (a file, or mpii, "
