@@ -762,9 +762,16 @@ def read_json(path, object_hook=None):
 
 
 def write_file(path, content):
-    """Bytes or text to a file, all or nothing: a crash, a full disk or a kill leaves the old one.
+    """Bytes, text, a Pillow picture (as PNG) or plain types (as JSON) to a file, all or nothing: a
+    crash, a full disk or a kill leaves the old one.
 
     Written beside it, brought to the disk, then renamed. The folder is made if need be."""
+    if isinstance(content, Image.Image):
+        buffer = io.BytesIO()
+        content.save(buffer, "PNG")
+        content = buffer.getvalue()
+    elif not isinstance(content, (bytes, str)):
+        content = json.dumps(content, indent=1) + "\n"
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -779,16 +786,6 @@ def write_file(path, content):
             part.unlink()
         raise InputError(f"{path} can't be written ({error.strerror}); what was there before is "
                          "untouched") from error
-
-
-def write_json(path, content):
-    write_file(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_png(path, picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_file(path, buffer.getvalue())
 
 
 def write_csv(path, rows):
@@ -924,7 +921,7 @@ def main():
     people = load_people(dataset, data_folder(args.data, dataset), args.split or known.splits[0],
                          size, skeleton)
     samples = PoseDataset(people, size, skeleton, known.augmentation, args.seed)
-    write_png(args.show, show_samples(samples, skeleton))
+    write_file(args.show, show_samples(samples, skeleton))
     print(f"wrote {args.show}")
 
 

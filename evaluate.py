@@ -52,7 +52,7 @@ def predict(network, people, flip=True, shift=True, quarter_offset=True, batch_s
     network: a Network (below). flip: the flip test, which averages the heatmaps of a crop and of
     its mirror image; shift, quarter_offset: see flip_back and lapx.decode. The test-time protocol
     is the paper's and SimpleBaseline's."""
-    keypoints = np.zeros((len(people), len(network.skeleton.joints), 3))
+    keypoints = np.zeros((len(people), len(network.flip_order), 3))
     batches = [range(start, min(start + batch_size, len(people)))
                for start in range(0, len(people), batch_size)]
     samples = PoseDataset(people, network.size, network.skeleton)
@@ -246,54 +246,39 @@ def coco_ap(file, results, sigmas):
 
 # ---------------------------------------------------------------------------- results
 
-def person_scores(keypoints, people):
-    """The score of each person, (N,): the mean of its joint scores above 0.2, 0 if there is none,
-    times the score of its box (SimpleBaseline)."""
+def rescore(keypoints, people, network):
+    """Predictions (N,K,3) -> the score of each person (N,), and the rows of those to keep.
+
+    A score is the mean of the joint scores above 0.2, 0 if there is none, times the score of the
+    box (SimpleBaseline). Of persons on one picture that are more alike than an OKS of 0.9 the best
+    is kept. Unlike in the metric all joints count, and the area is the mean of the two padded
+    boxes', which have the shape of the network's input (HRNet)."""
     counted = keypoints[..., 2] > 0.2
     mean = (keypoints[..., 2] * counted).sum(1) / np.maximum(counted.sum(1), 1)
-    return mean * people.score
-
-
-def box_areas(people, size):
-    """The areas (N,) of the padded boxes, which have the shape of the network's input, in pixels of
-    the pictures."""
-    return (200 * people.scale) ** 2 * size[0] / size[1]
-
-
-def oks_nms(points, scores, areas, sigmas, threshold=0.9):
-    """Which persons of one picture to keep, best first: those not more similar than threshold to a
-    better one. points (n,K,2), scores (n,), areas (n,), all in pixels of the picture.
-
-    Unlike in the metric, all joints count and the area is the mean of the two boxes' (HRNet)."""
-    squared = ((points[:, None] - points[None]) ** 2).sum(3)  # (n,n,K)
-    area = (areas[:, None] + areas[None]) / 2 + np.spacing(1)  # (n,n)
-    similarity = np.exp(-squared / (2 * np.asarray(sigmas)) ** 2 / (2 * area[..., None])).mean(2)
-    kept = []
+    scores = mean * people.score
+    areas = (200 * people.scale) ** 2 * network.size[0] / network.size[1]  # pixels of the pictures
+    labelled = keypoints.copy()
+    labelled[..., 2] = 1
+    sigmas = np.array(network.skeleton.sigmas or [0.07] * keypoints.shape[1])  # COCO's mean
+    kept = {image_id: [] for image_id in people.image_id.tolist()}  # the best ones first
     for row in np.argsort(-scores, kind="stable"):
-        if (similarity[row, kept] <= threshold).all():
-            kept.append(row)
-    return np.array(kept, int)
+        better = kept[people.image_id[row]]
+        area = (areas[better] + areas[row]) / 2
+        similarity = object_keypoint_similarity(keypoints[better, :, :2], labelled[row],
+                                                area[:, None], None, sigmas)
+        if (similarity <= 0.9).all():
+            better.append(row)
+    return scores, [row for rows in kept.values() for row in rows]
 
 
 def coco_results(keypoints, people, network):
     """Predictions -> what COCO's server takes: a list of {image_id, category_id, keypoints, score}.
 
-    keypoints (N,K,3) in pixels of the pictures. Of persons on one picture that are more alike than
-    an OKS of 0.9 only the best is kept."""
-    scores = person_scores(keypoints, people)
-    areas = box_areas(people, network.size)
-    rows_in = defaultdict(list)  # pictures in the order of their first appearance
-    for row, image_id in enumerate(people.image_id.tolist()):
-        rows_in[image_id].append(row)
-    results = []
-    for image_id, rows in rows_in.items():
-        rows = np.array(rows)
-        kept = oks_nms(keypoints[rows, :, :2], scores[rows], areas[rows], network.skeleton.sigmas)
-        for row in rows[kept]:
-            results.append({"image_id": image_id, "category_id": people.truth.category,
-                            "keypoints": keypoints[row].ravel().tolist(),
-                            "score": float(scores[row])})
-    return results
+    keypoints (N,K,3) in pixels of the pictures."""
+    scores, kept = rescore(keypoints, people, network)
+    return [{"image_id": int(people.image_id[row]), "category_id": people.truth.category,
+             "keypoints": keypoints[row].ravel().tolist(), "score": float(scores[row])}
+            for row in kept]
 
 
 def results_columns(entries, path, num_joints, category):
@@ -344,12 +329,12 @@ class Network:
             self.normalisation = ({"RGB": False, "BGR": True}[info["colour"]],
                                   tuple(map(float, info["mean"])), tuple(map(float, info["std"])))
             self.dataset = info["dataset"]
-            # what does not fit each other fails here
-            DATASETS[self.dataset or "mpii"]
-            data.draw_pose(Image.new("RGB", (9, 9)), np.ones((len(self.skeleton.joints), 3)),
-                           self.skeleton)
+            # values that don't fit each other fail here
             self.flip_order = flip_order(self.skeleton).tolist()
-            normalise(torch.zeros(1, 9, 9, 3), *self.normalisation)
+            data.draw_pose(Image.new("RGB", (1, 1)), np.ones((len(self.flip_order), 3)),
+                           self.skeleton)
+            normalise(torch.zeros(1, 1, 1, 3), *self.normalisation)
+            DATASETS[self.dataset or "mpii"]
         # Evaluation computes as training did, but for bfloat16, which is for training alone. The
         # switch is torch's for the whole process.
         torch.backends.cudnn.allow_tf32 = info.get("precision") != "float32"
@@ -362,7 +347,7 @@ class Network:
     def stages(self, crops):
         """The heatmaps of all stages that the network gives, a list of (B,K,h,w)."""
         outputs = self.forward(self.prepare(crops))
-        wanted = (len(self.skeleton.joints), *heatmap_size(*self.size))
+        wanted = (len(self.flip_order), *heatmap_size(*self.size))
         heatmaps = [output.float() for output in outputs if output.shape[1:] == wanted]
         if not heatmaps:
             found = [tuple(output.shape[1:]) for output in outputs]
@@ -378,38 +363,36 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
     """A Network from a file of weights, a name in lapx.WEIGHTS, or an ONNX file (on the CPU).
 
     size (height, width), skeleton (a name in SKELETONS), bgr: what the file does not tell, or is to
-    be changed. InputError if the file is broken, or lacks what neither it nor the arguments tell."""
+    be changed. InputError if the file is broken, or neither tells all that is needed."""
     path = weights_path(path)
     model = None
-    skeleton = skeleton and SKELETONS[skeleton]
     if path.suffix == ".onnx":
         if device not in ("auto", "cpu"):
             raise InputError(f"{path}: ONNX files run on the CPU here; leave out --device")
         device = "cpu"
         session = open_session(path)
+        forward = session_forward(session, path)
         with reading(path, "an ONNX file whose metadata is JSON under the key lapx"):
             info = json.loads(session.get_modelmeta().custom_metadata_map.get("lapx", "null"))
-        forward = session_forward(session, path)
     else:
         device = choose_device(device)
         content = load_file(path)
         model = from_checkpoint(content, path).eval()
-        model.to(device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
-        forward = model
+        forward = model.to(device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
         info = content.get("info") if isinstance(content, dict) else None
         info = info or guess_info(model.config, path)
     if info is None and size and skeleton:
-        info = model_info(model and model.config, None, skeleton, size)
+        info = model_info(model and model.config, None, SKELETONS[skeleton], size)
     if not isinstance(info, dict):
         raise InputError(f"{path} does not tell its input size and joints; name them with --input "
                          "HxW and --skeleton NAME (an entry of SKELETONS in lapx.py)")
-    changes = {"input": size and list(size), "skeleton": skeleton and asdict(skeleton),
+    changes = {"input": size and list(size), "skeleton": skeleton and asdict(SKELETONS[skeleton]),
                "colour": "BGR" if bgr else None}
     info = info | {key: value for key, value in changes.items() if value}
     network = Network(forward, info, device, model, path)
-    if model and model.config.num_joints != len(network.skeleton.joints):
+    if model and model.config.num_joints != len(network.flip_order):
         raise InputError(f"{path} predicts {model.config.num_joints} joints, not "
-                         f"{len(network.skeleton.joints)}; choose another --skeleton")
+                         f"{len(network.flip_order)}; choose another --skeleton")
     return network
 
 
@@ -430,13 +413,11 @@ def guess_info(config, path):
 
 def choose_device(name):
     """auto -> the best device there is: cuda, mps or cpu. InputError if a named one is missing."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        return next(device for device, present in there.items() if present)
-    if not there[name]:
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    there.append("cpu")
+    if name not in ("auto", *there):
         raise InputError(f"--device {name}: torch {torch.__version__} finds no such device here")
-    return name
+    return there[0] if name == "auto" else name
 
 
 def open_session(path, threads=0, profile=None, optimised=True):
@@ -463,21 +444,16 @@ def session_forward(session, path):
     """An ONNX Runtime session -> function of images (B,3,H,W) -> its outputs, a list of tensors.
 
     A batch that the file fixes is filled up."""
-    inputs = session.get_inputs()
-    takes = inputs[0].shape  # an open side is no number
-    if (len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(takes) != 4
-            or isinstance(takes[1], int) and takes[1] != 3):
-        raise InputError(f"{path} must take float32 images (B, 3, H, W); it takes "
-                         f"{[(item.type, item.shape) for item in inputs]}")
+    takes = session.get_inputs()[0]
 
     def forward(images):
-        batch = takes[0] if isinstance(takes[0], int) else len(images)
-        missing = np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)
-        filled = np.concatenate([images.numpy(), missing])
-        with reading(path, f"a network for images {tuple(images.shape)}, see --input"):
-            runs = [session.run(None, {inputs[0].name: filled[start:start + batch]})
+        with reading(path, f"a network for float32 images {tuple(images.shape)}, see --input"):
+            batch = takes.shape[0] if isinstance(takes.shape[0], int) else len(images)
+            missing = np.zeros((-len(images) % batch, *images.shape[1:]), np.float32)
+            filled = np.concatenate([images.numpy(), missing])
+            runs = [session.run(None, {takes.name: filled[start:start + batch]})
                     for start in range(0, len(filled), batch)]
-        return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
+            return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
 
     return forward
 
@@ -489,30 +465,26 @@ def score(keypoints, people, network):
     if people.truth is None:
         return pckh(keypoints[..., :2] + 1, people.joints + 1, people.visible, people.head_size)
     results = coco_results(keypoints, people, network)
-    columns = results_columns(results, "the predictions", len(network.skeleton.joints),
-                              people.truth.category)
+    columns = results_columns(results, "the predictions", keypoints.shape[1], people.truth.category)
     return coco_ap(people.truth, columns, network.skeleton.sigmas)
 
 
 def report(metrics, what, heads):
     """Prints a result: what was scored and how, the columns, the numbers. heads: what PCKh's head
     sizes are, in words."""
+    coco = "AP" in metrics
     print(what)
-    if "AP" in metrics:
-        print(f"OKS average precision in percent, {MAX_DETECTIONS} detections a picture")
-    else:
-        print(f"PCKh@0.5: distance <= half a head size, {heads};\n"
-              "Mean over 14 joints, without pelvis and thorax")
-    width = 7 if "AP" in metrics else 8
-    factor = 100 if "AP" in metrics else 1
+    print(f"OKS average precision in percent, {MAX_DETECTIONS} detections a picture" if coco else
+          f"PCKh@0.5: distance <= half a head size, {heads};\nMean over 14 joints, without pelvis "
+          "and thorax")
+    width = 7 if coco else 8
     print(" ".join(f"{name:>{width}}" for name in metrics))
-    numbers = ["-" if np.isnan(value) else "-1" if value < 0 else f"{factor * value:.2f}"
-               for value in metrics.values()]
-    print(" ".join(f"{number:>{width}}" for number in numbers), flush=True)
+    print(" ".join(f"{value if value < 0 or not coco else 100 * value:{width}.2f}"
+                   for value in metrics.values()), flush=True)
 
 
 def write_metrics(path, metrics):
-    data.write_json(path, {key: None if np.isnan(value) else value
+    data.write_file(path, {key: None if np.isnan(value) else value
                            for key, value in metrics.items()})
     print(f"wrote {path}")
 
@@ -611,6 +583,14 @@ def evaluate_results(args):
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 
+def people_in_picture(network, picture, boxes, scores=None):
+    """Boxes (n,4) in a Pillow picture -> People. scores (n,): of the boxes, default 1."""
+    n = len(boxes)
+    return people_in_boxes(boxes, np.ones(n) if scores is None else np.asarray(scores, float),
+                           network.size, len(network.skeleton.joints), image_id=np.zeros(n, int),
+                           source=picture.convert("RGB"), files=np.zeros(n, "S1"))
+
+
 def predict_picture(network, picture, boxes=None, scores=None, flip=True, shift=True,
                     quarter_offset=True, batch_size=32):
     """The persons in a Pillow picture, best first, doubles left out; each is a dictionary of plain
@@ -620,25 +600,17 @@ def predict_picture(network, picture, boxes=None, scores=None, flip=True, shift=
     scores (n,): of the boxes, default 1. The others: see predict. InputError for impossible boxes.
     """
     boxes = np.array([[0, 0, *picture.size]] if boxes is None else boxes, float).reshape(-1, 4)
-    if not (np.isfinite(boxes).all() and (boxes[:, 2:] > 0).all()
-            and (boxes[:, :2] < picture.size).all() and (boxes[:, :2] + boxes[:, 2:] > 0).all()):
+    low = boxes[:, :2]
+    high = low + boxes[:, 2:]
+    if not ((high > low) & (high > 0) & (low < picture.size) & np.isfinite(high)).all():
         raise InputError(f"a box must be X Y W H, with W and H above 0, and lie at least partly in "
                          f"the picture of {picture.width}x{picture.height}, not all of "
                          f"{boxes.tolist()[:5]} do")
     people = people_in_picture(network, picture, boxes, scores)
     keypoints = predict(network, people, flip, shift, quarter_offset, batch_size)
-    found = person_scores(keypoints, people)
-    sigmas = network.skeleton.sigmas or [0.07] * keypoints.shape[1]  # about the mean of COCO's
-    kept = oks_nms(keypoints[..., :2], found, box_areas(people, network.size), sigmas)
+    found, kept = rescore(keypoints, people, network)
     return [{"box": boxes[row].tolist(), "score": float(found[row]),
              "joints": dict(zip(network.skeleton.joints, keypoints[row].tolist()))} for row in kept]
-
-
-def people_in_picture(network, picture, boxes, scores=None):
-    N = len(boxes)
-    return people_in_boxes(boxes, np.ones(N) if scores is None else np.asarray(scores, float),
-                           network.size, len(network.skeleton.joints), image_id=np.zeros(N, int),
-                           source=picture.convert("RGB"), files=np.zeros(N, "S1"))
 
 
 def pictures_in(places):
@@ -664,16 +636,17 @@ def evaluate_pictures(args):
     if args.out.resolve() in [path.resolve().parent for path in paths]:
         raise InputError(f"{args.out} has the pictures themselves; choose another --out")
     if len({path.stem for path in paths}) < len(paths):
-        raise InputError("some pictures have the same name, by which results are written; give them "
-                         "one by one, each with another --out")
+        raise InputError("two pictures have the same name, by which results are written: give them "
+                         "one by one, with another --out each")
     detected = {path: (args.box, None) for path in paths}
     if args.boxes != "gt":
         found, boxes, scores = data.read_detections(
             args.boxes, {int(path.stem): path for path in paths if path.stem.isdigit()},
             {path.name: path for path in paths})
-        for path in paths:
-            rows = [row for row, other in enumerate(found) if other == path]
-            detected[path] = (boxes[rows], scores[rows])
+        rows = {path: [] for path in paths}
+        for row, path in enumerate(found):
+            rows[path].append(row)
+        detected = {path: (boxes[rows[path]], scores[rows[path]]) for path in paths}
     failed = 0
     for path in paths:
         try:
@@ -690,22 +663,23 @@ def evaluate_pictures(args):
 
 def write_picture(args, path, picture, persons, network):
     """Writes what was found in a picture: the drawing, the JSON and sheets, beside each other."""
-    data.write_json(args.out / f"{path.stem}_pose.json", {"picture": str(path), "persons": persons})
+    start = args.out / path.stem
+    data.write_file(f"{start}_pose.json", {"picture": str(path), "persons": persons})
     shown = [person for person in persons if person["score"] > args.threshold]
     drawn = picture.copy()
     for person in reversed(shown):
         keypoints = np.array(list(person["joints"].values()))
         data.draw_pose(drawn, keypoints, network.skeleton, args.threshold)
-    data.write_png(args.out / f"{path.stem}_pose.png", drawn)
+    data.write_file(f"{start}_pose.png", drawn)
     for number, person in enumerate(shown):
         if args.heatmaps:
-            data.write_png(args.out / f"{path.stem}_heatmaps{number or ''}.png",
-                           draw_heatmaps(network, picture, person))
+            data.write_file(f"{start}_heatmaps{number or ''}.png",
+                            draw_heatmaps(network, picture, person))
         if args.attention:
-            data.write_png(args.out / f"{path.stem}_attention{number or ''}.png",
-                           draw_attention(network, picture, person, args.attention))
+            data.write_file(f"{start}_attention{number or ''}.png",
+                            draw_attention(network, picture, person, args.attention))
     print(f"{path}: {plural(len(persons), 'person')}, {len(shown)} drawn (scores above "
-          f"{args.threshold:g}) -> {args.out / path.stem}_pose.png, .json", flush=True)
+          f"{args.threshold:g}) -> {start}_pose.png, .json", flush=True)
 
 
 def crop_of(network, picture, box):
@@ -774,40 +748,37 @@ def draw_attention(network, picture, person, joint):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", metavar="FILE",
-                        help="mpii, coco, coco-384x288, a checkpoint, .tar or .onnx")
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="mpii, coco, coco-384x288, a checkpoint, .tar or .onnx")
+    add("--out", type=Path, metavar="DIR", default=Path("runs/evaluation"),
+        help="default: %(default)s")
     data.add_data_arguments(parser, "what the network was trained on", "the network's own")
-    group = parser.add_argument_group("a data set")
-    group.add_argument("--split", help="default: valid, or val2017 for coco")
-    group.add_argument("--boxes", default="gt", metavar="gt|FILE", help="persons to look at: the "
-                       "annotated ones, or a person-detection JSON (default: %(default)s)")
-    group.add_argument("--results", metavar="FILE", help="score predictions made elsewhere: "
-                       "pred.mat (key preds, (N,16,2), 1-based) or COCO results.json")
-    group.add_argument("--annotations", metavar="JSON", help="COCO's, for --results")
-    group.add_argument("--both", action="store_true", help="score without and with the flip test")
-    group = parser.add_argument_group("own pictures")
-    group.add_argument("--image", type=Path, nargs="+", metavar="PATH", help="pictures or folders")
-    group.add_argument("--box", type=float, nargs=4, action="append", metavar=("X", "Y", "W", "H"),
-                       help="a person, in pixels of the upright picture; may be repeated (default: "
-                       "the whole picture)")
-    group.add_argument("--threshold", type=float, default=0.2,
-                       help="joints and persons below are not drawn (default: %(default)s)")
-    group.add_argument("--heatmaps", action="store_true", help="also draw every stage's heatmaps")
-    group.add_argument("--attention", metavar="JOINT", help="also draw where the Non-Local modules "
-                       'look from that joint, such as "left wrist"')
-    group = parser.add_argument_group("how")
-    group.add_argument("--no-flip", action="store_true", help="no flip test")
-    group.add_argument("--no-shift", action="store_true", help="no shift of the mirrored map")
-    group.add_argument("--no-offset", action="store_true", help="no quarter-pixel offset")
-    group.add_argument("--bgr", action="store_true", help="the network was trained on BGR pictures")
-    group.add_argument("--batch-size", type=data.number_from(1), default=32,
-                       help="default: %(default)s")
-    group.add_argument("--workers", type=data.number_from(0, data.cpu_count()),
-                       default=min(2, data.cpu_count()),
-                       help="loader processes (default: %(default)s)")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    group.add_argument("--out", type=Path, metavar="DIR", default=Path("runs/evaluation"),
-                       help="default: %(default)s")
+    add = parser.add_argument_group("a data set").add_argument
+    add("--split", help="default: valid, or val2017 for coco")
+    add("--boxes", default="gt", metavar="gt|FILE", help="persons to look at: the annotated ones, "
+        "or a person-detection JSON (default: %(default)s)")
+    add("--both", action="store_true", help="score without and with the flip test")
+    add("--workers", type=data.number_from(0, data.cpu_count()), default=min(2, data.cpu_count()),
+        help="loader processes (default: %(default)s)")
+    add("--results", metavar="FILE", help="score predictions made elsewhere: pred.mat (key preds, "
+        "(N,16,2), 1-based) or COCO results.json")
+    add("--annotations", metavar="JSON", help="COCO's, for --results")
+    add = parser.add_argument_group("own pictures").add_argument
+    add("--image", type=Path, nargs="+", metavar="PATH", help="pictures or folders")
+    add("--box", type=float, nargs=4, action="append", metavar=("X", "Y", "W", "H"), help="a "
+        "person, in pixels of the upright picture; may be repeated (default: the whole picture)")
+    add("--threshold", type=float, default=0.2,
+        help="joints and persons below are not drawn (default: %(default)s)")
+    add("--heatmaps", action="store_true", help="also draw every stage's heatmaps")
+    add("--attention", metavar="JOINT", help="also draw where the Non-Local modules look from that "
+        'joint, such as "left wrist"')
+    add = parser.add_argument_group("how").add_argument
+    add("--no-flip", action="store_true", help="no flip test")
+    add("--no-shift", action="store_true", help="no shift of the mirrored map")
+    add("--no-offset", action="store_true", help="no quarter-pixel offset")
+    add("--bgr", action="store_true", help="the network was trained on BGR pictures")
+    add("--batch-size", type=data.number_from(1), default=32, help="default: %(default)s")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args()
     if not (args.weights or args.results):
         parser.error("give --weights FILE, or --results FILE to score predictions made elsewhere")
@@ -825,8 +796,7 @@ def main():
                            f"{network} image box threshold heatmaps attention")
         evaluate_pictures(args)
     else:
-        data.refuse_unused(parser, args, "a data set",
-                           f"{network} dataset data split both workers")
+        data.refuse_unused(parser, args, "a data set", f"{network} dataset data split both workers")
         evaluate_dataset(args)
 
 

@@ -424,10 +424,10 @@ def time_files(args):
                   f"{row['ram_mb']:5.0f} {parameters / 1e6:5.2f} M {multiply_adds / 1e9:6.2f}",
                   flush=True)
     if args.out:
-        data.write_json(args.out / "timing.json", {
+        data.write_file(args.out / "timing.json", {
             "cpu": cpu, "onnxruntime": onnxruntime.__version__, "runs": args.runs, "results": rows})
         data.write_csv(args.out / "timing.csv", rows)
-        data.write_png(args.out / "timing.png", draw_timing(rows, cpu))
+        data.write_file(args.out / "timing.png", draw_timing(rows, cpu))
         print(f"wrote {args.out}/: timing.json, timing.csv, timing.png")
 
 
@@ -692,37 +692,33 @@ class ByteGraph:
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_argument_group("export")
-    group.add_argument("--weights", metavar="FILE",
-                       help="mpii, coco, coco-384x288, a checkpoint or .tar")
-    group.add_argument("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
-    group.add_argument("--bgr", action="store_true", help="the network was trained on BGR pictures")
-    group.add_argument("--batch", type=data.number_from(1), metavar="B",
-                       help="fixes the batch (default: open)")
-    group.add_argument("--all-stages", action="store_true",
-                       help="heatmaps of all stages as outputs")
-    group.add_argument("--keypoints", action="store_true",
-                       help="decoded keypoints (B,K,3), in pixels of the input, as an output")
-    group.add_argument("--plain", action="store_true", help="the layers of training one by "
-                       "one, BatchNorms folded")
-    group.add_argument("--int8", action="store_true", help="computes in 8 bits; ranges from 64 "
-                       "crops of the data set's training people, or from --image")
-    group.add_argument("--data", type=Path, metavar="DIR", help="for --int8: the data set's folder "
-                       "(default: data/DATASET)")
-    group.add_argument("--image", type=Path, nargs="+", metavar="PATH",
-                       help="for --int8: pictures or folders instead, each with one person")
-    group = parser.add_argument_group("time")
-    group.add_argument("--time", type=Path, nargs="+", metavar="ONNX",
-                       help="time files side by side; the ratio is to the first one")
-    group.add_argument("--profile", type=Path, metavar="ONNX", help="time per operator")
-    group.add_argument("--threads", type=data.number_from(1), nargs="+", default=[1], metavar="T",
-                       help="one or, with --time, several numbers of threads (default: 1)")
-    group.add_argument("--runs", type=data.number_from(1), default=50, help="default: %(default)s")
-    group = parser.add_argument_group("both")
-    group.add_argument("--input", type=data.image_size, metavar="HxW", help="default: what the "
-                       "checkpoint says; with --time and --profile for open heights and widths")
-    group.add_argument("--out", type=Path, metavar="PATH", help="the .onnx file to write "
-                       "(default: lapx.onnx); with --time the folder for JSON, CSV and the figure")
+    add = parser.add_argument_group("export").add_argument
+    add("--weights", metavar="FILE", help="mpii, coco, coco-384x288, a checkpoint or .tar")
+    add("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
+    add("--bgr", action="store_true", help="the network was trained on BGR pictures")
+    add("--batch", type=data.number_from(1), metavar="B", help="fixes the batch (default: open)")
+    add("--all-stages", action="store_true", help="heatmaps of all stages as outputs")
+    add("--keypoints", action="store_true",
+        help="decoded keypoints (B,K,3), in pixels of the input, as an output")
+    add("--plain", action="store_true", help="the layers of training one by one, BatchNorms folded")
+    add("--int8", action="store_true", help="computes in 8 bits; ranges from 64 crops of the data "
+        "set's training people, or from --image")
+    add("--data", type=Path, metavar="DIR",
+        help="for --int8: the data set's folder (default: data/DATASET)")
+    add("--image", type=Path, nargs="+", metavar="PATH",
+        help="for --int8: pictures or folders instead, each with one person")
+    add = parser.add_argument_group("time").add_argument
+    add("--time", type=Path, nargs="+", metavar="ONNX",
+        help="time files side by side; the ratio is to the first one")
+    add("--profile", type=Path, metavar="ONNX", help="time per operator")
+    add("--threads", type=data.number_from(1), nargs="+", default=[1], metavar="T",
+        help="one or, with --time, several numbers of threads (default: 1)")
+    add("--runs", type=data.number_from(1), default=50, help="default: %(default)s")
+    add = parser.add_argument_group("both").add_argument
+    add("--input", type=data.image_size, metavar="HxW", help="default: what the checkpoint says; "
+        "with --time and --profile for open heights and widths")
+    add("--out", type=Path, metavar="PATH", help="the .onnx file to write (default: lapx.onnx); "
+        "with --time the folder for JSON, CSV and the figure")
     args = parser.parse_args()
     if sum(map(bool, (args.weights, args.time, args.profile))) != 1:
         parser.error("give one of --weights FILE, --time ONNX..., --profile ONNX")

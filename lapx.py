@@ -264,37 +264,32 @@ class Stem(nn.Module):
         return self.attention(x)
 
 
-class Level(nn.Module):
-    """The three blocks of one resolution of an hourglass."""
-
-    def __init__(self, config):
-        super().__init__()
-        C = config.channels
-        self.skip = Block(C, C, config.soft_gate)  # beside the smaller resolutions
-        self.down = Block(C, C, config.soft_gate)  # after the pooling
-        self.up = Block(C, C, config.soft_gate)  # before the upsampling
-
-
 class Hourglass(nn.Module):
     """Down four times, up four times, a skip at each size: (B,C,h,w) -> same. PAPER Figure 1."""
 
     def __init__(self, config, neck_attention, depth=4):
         super().__init__()
-        self.levels = nn.ModuleList(Level(config) for _ in range(depth))  # [0] is the deepest
-        self.bottom = Block(config.channels, config.channels, config.soft_gate)
-        self.neck = attention(neck_attention, config.channels)
+        C = config.channels
+        self.levels = nn.ModuleList()  # [0] is the deepest
+        for _ in range(depth):
+            self.levels.append(nn.ModuleDict({
+                "skip": Block(C, C, config.soft_gate),  # beside the smaller resolutions
+                "down": Block(C, C, config.soft_gate),  # after the pooling
+                "up": Block(C, C, config.soft_gate)}))  # before the upsampling
+        self.bottom = Block(C, C, config.soft_gate)
+        self.neck = attention(neck_attention, C)
 
     def forward(self, x):
         skips = []
         for level in reversed(self.levels):
-            skips.append(level.skip(x))
-            x = level.down(F.max_pool2d(x, 2))
+            skips.append(level["skip"](x))
+            x = level["down"](F.max_pool2d(x, 2))
         x = self.neck(self.bottom(x))
         for level in self.levels:
             skip = skips.pop()
             # DIFFERS: upsampling of odd sizes. The authors' code doubles the size and so fails at
             # 384x288, where 9 columns are pooled to 4; we upsample to the size of the skip.
-            x = skip + F.interpolate(level.up(x), size=skip.shape[2:], mode="nearest")
+            x = skip + F.interpolate(level["up"](x), size=skip.shape[2:], mode="nearest")
         return x
 
 
@@ -630,9 +625,8 @@ def check_finite(model, path):
 
 
 def infer_config(tensors):
-    """The LAPXConfig that tensors under our names belong to, from names and shapes alone.
-
-    gamma_target leaves no trace in the weights and is the default."""
+    """The LAPXConfig that tensors under our names belong to, from names and shapes alone; but for
+    gamma_target, which leaves no trace in them and is the default."""
     def kind(prefix):
         parts = {name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)}
         return next(kind for kind, known in ATTENTION.items() if set(known) == parts)
@@ -659,12 +653,8 @@ def from_checkpoint(content, path):
     Every tensor must fit; InputError names those that do not."""
     tensors = find_weights(content, path)
     with reading(path, "the weights of a LAPX network"):
-        config = infer_config(tensors)
-        own = content.get("config") if isinstance(content, dict) else None
-        if own is not None:  # train.py's: gamma_target leaves no trace in the weights
-            config = replace(config, gamma_target=float(own["gamma_target"]))
         with torch.device("meta"):  # shapes alone, no memory, until they are compared
-            model = LAPX(config)
+            model = LAPX(infer_config(tensors))
         model.load_state_dict(tensors, assign=True)
         check_finite(model, path)
         return model.float()

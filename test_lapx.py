@@ -136,7 +136,7 @@ def weights(tmp_path_factory):
         torch.manual_seed(0)
         model = LAPX(replace(TINY, num_joints=len(SKELETONS[name].joints)))
         paths.append(folder / f"{name}.pt")
-        torch.save({"model": model.state_dict(), "config": vars(model.config),
+        torch.save({"model": model.state_dict(),
                     "info": evaluate.model_info(model.config, name, SKELETONS[name], size)},
                    paths[-1])
     return paths
@@ -642,7 +642,7 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
 
 
 @pytest.mark.parametrize("spoil, complaint", [
-    (lambda content: content["annotations"][2]["keypoints"].pop(), "person 2, .*50 values, not 51; --skel"),
+    (lambda content: content["annotations"][2]["keypoints"].pop(), "person 2, .*50 values, not 51"),
     (lambda content: content["annotations"][2].pop("area"), "person 2, .*'area' is missing"),
     (lambda content: content["annotations"][2].update(bbox=None), "person 2, "),
     (lambda content: content["annotations"][2].update(bbox=[1] * 8), "person 2, .*bbox has 8"),
@@ -1038,7 +1038,7 @@ def test_results_do_not_replace_pictures_nor_each_other(weights, tmp_path):
         figure(9, 0)[1].save(tmp_path / name)
     before = (tmp_path / "p_pose.png").read_bytes()
     for out, places, complaint in ((".", ["."], "has the pictures themselves; choose another"),
-                                   ("out", [".", "other"], "some pictures have the same name")):
+                                   ("out", [".", "other"], "two pictures have the same name")):
         code, text = run("evaluate.py", "--weights", weights[0], "--out", tmp_path / out,
                          "--image", *(tmp_path / place for place in places), check=False)
         assert code == 1 and complaint in text

@@ -22,7 +22,6 @@ import signal
 import sys
 import textwrap
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -416,7 +415,7 @@ def main():
             print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
                   f"{percent(metrics):8.2f} {speed:8.1f} {waiting:7.1%} "
                   f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
-            content = {"config": asdict(model.config), "info": info, "model": model.state_dict()}
+            content = {"info": info, "model": model.state_dict()}
             if not any(percent(row) > percent(metrics) for row in history):
                 save(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
             data.write_csv(out / "log.csv", history)
@@ -433,8 +432,8 @@ def main():
                             f"annotated (gt),\ninput {size[0]}x{size[1]}, last epoch, "
                             f"{'flip test with shift' if flip else 'no flip test'}",
                             valid.head_source)
-        data.write_png(out / "curve.png", draw_curve(history))
-        data.write_png(out / "predictions.png", draw_predictions(
+        data.write_file(out / "curve.png", draw_curve(history))
+        data.write_file(out / "predictions.png", draw_predictions(
             PoseDataset(valid, size, skeleton), keypoints, skeleton))
         print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
     except KeyboardInterrupt:
@@ -451,7 +450,7 @@ def take_folder(out, content, fresh):
     if not fresh:
         for part in out.glob(".*.part"):  # of writes that were killed
             part.unlink()
-        return data.write_json(out / "recipe.json", content)
+        return data.write_file(out / "recipe.json", content)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "recipe.json", "x") as file:  # fails if another run was quicker
@@ -509,36 +508,36 @@ def parse():
         description=__doc__, epilog=defaults, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_data_arguments(parser, "synthetic, drawn on the fly",
                             "256x256 for mpii, 256x192 for coco, 128x128 for synthetic")
-    group = parser.add_argument_group(
-        "recipe (a resumed run keeps it, but for --lr and --precision; defaults: below)")
-    group.add_argument("--variant", help="a row of Table 3", choices=VARIANTS, metavar="NAME")
-    group.add_argument("--splits", nargs=2, metavar=("TRAIN", "VALID"))
-    group.add_argument("--epochs", type=data.number_from(1), metavar="N",
-                       help="scales the milestones of the learning rate and gamma's schedule")
-    group.add_argument("--batch-size", type=data.number_from(1), metavar="N",
-                       help="in total, over all processes")
-    group.add_argument("--lr", type=float, help="Adam's learning rate")
-    group.add_argument("--gamma-warmup", type=float, metavar="EPOCHS", help="with gamma 0")
-    group.add_argument("--gamma-ramp", type=float, metavar="EPOCHS", help="in which gamma rises")
-    group.add_argument("--scale", type=float, help="the box's size varies by this share")
-    group.add_argument("--rotation", type=float, help="degrees at most, either way")
-    group.add_argument("--precision", choices=["auto", "float32", "tf32", "bfloat16"],
-                       help="float32: TF32 is off; tf32: PyTorch's own setting; bfloat16: "
-                       "autocast; auto: tf32 on CUDA, bfloat16 on CPUs that compute in it")
-    group.add_argument("--compile", action="store_true", default=None, help="torch.compile: "
-                       "minutes to start, then faster steps; CUDA graphs on a GPU")
-    group.add_argument("--seed", type=data.number_from(0), help="of everything random")
-    group.add_argument("--overfit", type=data.number_from(1), metavar="N",
-                       help="train on N pictures and score on the same: a check of a setup")
-    group.add_argument("--init", metavar="FILE", help="start from these weights (a file, or mpii, "
-                       "coco, coco-384x288), wherever the shapes fit; gamma starts anew")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, metavar="DIR", help="default: runs/DATASET")
-    group.add_argument("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the "
-                       "one in --out, if there is one")
-    group.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    group.add_argument("--workers", type=data.number_from(0, data.cpu_count()),
-                       help="loader processes (default: all CPUs but one for GPUs, else 1)")
+    add = parser.add_argument_group(
+        "recipe (a resumed run keeps it, but for --lr and --precision; defaults: below)"
+    ).add_argument
+    add("--variant", help="a row of Table 3", choices=VARIANTS, metavar="NAME")
+    add("--splits", nargs=2, metavar=("TRAIN", "VALID"))
+    add("--epochs", type=data.number_from(1), metavar="N",
+        help="scales the milestones of the learning rate and gamma's schedule")
+    add("--batch-size", type=data.number_from(1), metavar="N", help="of all processes together")
+    add("--lr", type=float, help="Adam's learning rate")
+    add("--gamma-warmup", type=float, metavar="EPOCHS", help="with gamma 0")
+    add("--gamma-ramp", type=float, metavar="EPOCHS", help="in which gamma rises")
+    add("--scale", type=float, help="the box's size varies by this share")
+    add("--rotation", type=float, help="degrees at most, either way")
+    add("--precision", choices=["auto", "float32", "tf32", "bfloat16"],
+        help="float32: TF32 is off; tf32: PyTorch's own setting; bfloat16: autocast; auto: tf32 on "
+        "CUDA, bfloat16 on CPUs that compute in it")
+    add("--compile", action="store_true", default=None, help="torch.compile: minutes to start, "
+        "then faster steps; CUDA graphs on a GPU")
+    add("--seed", type=data.number_from(0), help="of everything random")
+    add("--overfit", type=data.number_from(1), metavar="N",
+        help="train on N pictures and score on the same: a check of a setup")
+    add("--init", metavar="FILE", help="start from these weights (a file, or mpii, coco, "
+        "coco-384x288), wherever the shapes fit; gamma starts anew")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, metavar="DIR", help="default: runs/DATASET")
+    add("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the one in --out, "
+        "if there is one")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add("--workers", type=data.number_from(0, data.cpu_count()),
+        help="loader processes (default: all CPUs but one for GPUs, else 1)")
     args = parser.parse_args()
     if args.workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
