@@ -1806,7 +1806,7 @@ def test_export_says_what_is_wrong(arguments, complaint, onnx_files, monkeypatch
 
 
 @pytest.mark.parametrize("arguments, complaint", [
-    (["--input", "64x64"], "a network for images (1, 3, 64, 64)"),
+    (["--input", "64x64"], "a network for float32 images (1, 3, 64, 64)"),
     (["--skeleton", "coco"], "gives [(16, 16, 24)], not heatmaps (17, 16, 24)")])
 def test_an_onnx_file_that_does_not_fit_gets_a_sentence(arguments, complaint, onnx_files, mpii,
                                                         tmp_path):
