@@ -739,17 +739,17 @@ def draw_axes(draw, box, xs, ys, xlabel, ylabel):
     return place
 
 
-def show_samples(dataset, skeleton, count=12):
-    """A sheet of training samples: each crop with its joints, beside it all its targets."""
+def show_samples(dataset, skeleton, targets=True, count=12):
+    """A sheet of samples: each crop with its joints, beside it all its targets, if wanted."""
     sheet = []
     for number in range(count):
         epoch, row = divmod(number, len(dataset))
         _, image, joints, visible = dataset[epoch, row]
         picture = Image.fromarray(image.numpy())
-        targets, weights = gaussian_targets(joints[None], visible[None], dataset.size)
-        learnt = heat(picture, targets[0].amax(0).numpy())
+        maps, weights = gaussian_targets(joints[None], visible[None], dataset.size)
+        learnt = heat(picture, maps[0].amax(0).numpy())
         draw_pose(picture, torch.cat([joints, weights[0, :, None]], 1).numpy(), skeleton)
-        sheet += [picture, learnt]
+        sheet += [picture, learnt] if targets else [picture]
     return grid(sheet, columns=6)
 
 
@@ -761,25 +761,35 @@ def read_json(path, object_hook=None):
         return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=object_hook)
 
 
-def write_file(path, content):
-    """Bytes, text, a Pillow picture (as PNG) or plain types (as JSON) to a file, all or nothing: a
-    crash, a full disk or a kill leaves the old one.
+def write_file(path, content, new=False):
+    """Writes bytes, text, or by the file's ending a Pillow picture (.png), arrays (.mat), what
+    torch.save takes (.pt) or plain types (.json), all or nothing: a crash, a full disk or a kill
+    leaves the old file. new: refuses to replace one.
 
     Written beside it, brought to the disk, then renamed. The folder is made if need be."""
-    if isinstance(content, Image.Image):
-        buffer = io.BytesIO()
-        content.save(buffer, "PNG")
-        content = buffer.getvalue()
-    elif not isinstance(content, (bytes, str)):
-        content = json.dumps(content, indent=1) + "\n"
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    buffer = io.BytesIO()
+    if isinstance(content, (bytes, str)):
+        buffer.write(content.encode() if isinstance(content, str) else content)
+    elif path.suffix == ".png":
+        content.save(buffer, "PNG")
+    elif path.suffix == ".pt":
+        torch.save(content, buffer)
+    elif path.suffix == ".mat":
+        from scipy.io import savemat
+
+        savemat(buffer, content)
+    else:
+        buffer.write((json.dumps(content, indent=1) + "\n").encode())
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            open(path, "x").close()  # fails if another process was quicker
         os.replace(part, path)
     except OSError as error:
         if part.exists():

@@ -38,9 +38,9 @@ from torch import nn
 
 import data
 import evaluate
-from data import DATASETS, plural
-from lapx import (ECA, SKELETONS, STRIDE, Block, InputError, SpatialAttention, Stage, Stem, decode,
-                  reading, variant_name)
+from data import DATASETS, normalise, plural
+from lapx import (ECA, LAPX, SKELETONS, STRIDE, Block, InputError, SpatialAttention, Stage, Stem,
+                  decode, reading, variant_name)
 
 OPSET = 18
 TOLERANCE = 1e-5  # of a float32 file: largest difference to PyTorch, relative to the largest value
@@ -228,9 +228,9 @@ def compare(session, model, images):
 def export(args):
     """--weights: writes the ONNX file, if ONNX Runtime computes with it what PyTorch does."""
     network = evaluate.open_network(args.weights, "cpu", args.input, args.skeleton, args.bgr)
-    if network.model is None:
+    if not isinstance(network.forward, LAPX):
         raise InputError(f"{args.weights} is an ONNX file already; export needs a checkpoint")
-    model = network.model.to(memory_format=torch.contiguous_format)
+    model = network.forward.to(memory_format=torch.contiguous_format)
     if args.int8:
         images = calibration_images(network, args)
         form = byte_form(model)
@@ -243,7 +243,7 @@ def export(args):
     proto = to_onnx(Outputs(form, args.all_stages, args.keypoints), network.size, names, args.batch)
     if args.int8:
         ByteGraph(proto.graph, value_ranges(proto, images, args.batch or 1)).rewrite()
-    info = network.info | {"bits": 8 if args.int8 else 32}
+    info = network.info | {"variant": variant_name(model.config), "bits": 8 if args.int8 else 32}
     onnx.helper.set_model_props(proto, {"lapx": json.dumps(info)})
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
@@ -298,12 +298,14 @@ def random_inputs(path, size=None):
     return feed
 
 
-def node_calls(path, feed, threads=1, runs=1, optimised=True):
-    """The calls of a file's nodes, in order, from ONNX Runtime's profile.
+def node_calls(path, feed, threads=1, runs=1, **settings):
+    """The calls of a file's nodes, in order, from ONNX Runtime's profile; settings: open_session's.
 
     -> a list of {"op_name", "dur" (microseconds), "input_type_shape", "output_type_shape", ..}."""
     with tempfile.TemporaryDirectory() as folder:
-        session = evaluate.open_session(path, threads, str(Path(folder) / "profile"), optimised)
+        prefix = str(Path(folder) / "profile")
+        session = evaluate.open_session(path, threads, enable_profiling=True,
+                                        profile_file_prefix=prefix, **settings)
         for _ in range(runs):
             session.run(None, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -320,7 +322,8 @@ def count_onnx(path, feed):
     parameters = sum(math.prod(tensor.dims) for tensor in [*graph.initializer, *constants]
                      if tensor.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL))
     multiply_adds = 0
-    for call in node_calls(path, feed, optimised=False):
+    as_written = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    for call in node_calls(path, feed, graph_optimization_level=as_written):
         inputs = [next(iter(item.values())) for item in call["input_type_shape"]]
         output = next(iter(call["output_type_shape"][0].values()))
         name = call["op_name"]
@@ -529,7 +532,7 @@ def byte_form(model):
 def calibration_images(network, args, count=64):
     """Images (N,3,H,W) for the ranges of an 8-bit file: of one's own pictures, or of the training
     people of the network's data set."""
-    dataset = network.dataset
+    dataset = network.info["dataset"]
     if args.image:
         pictures = [data.open_picture(path, upright=True)
                     for path in evaluate.pictures_in(args.image)[:count]]
@@ -544,7 +547,7 @@ def calibration_images(network, args, count=64):
     else:
         raise InputError("--int8 needs pictures for its ranges; give --image with some")
     print(f"ranges from {plural(len(crops), 'picture')}")
-    return network.prepare(torch.stack(crops)).contiguous()
+    return normalise(torch.stack(crops), *network.normalisation).contiguous()
 
 
 def value_ranges(proto, images, batch):

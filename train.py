@@ -7,21 +7,18 @@
   torchrun --nproc_per_node=4 train.py --dataset mpii    # 4 GPUs, same batch
 
 A run's folder gets recipe.json, log.csv, last.pt (to resume), best.pt (the best
-epoch's network), at the end curve.png and predictions.png.
-
-Every random choice is a function of the seed, the epoch and the person. So on
-one machine's CPU the same command gives the same weights, whatever --workers is
-and however often the run was killed and resumed."""
+epoch's network), at the end curve.png and predictions.png."""
 
 import argparse
-import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,21 +69,16 @@ def gamma_at(epochs, warmup, ramp, target):
 
 
 def schedule_gamma(model, optimiser, value):
-    """Sets every gamma to value, what gamma_at says for this step. -> the parameters that stay as
-    they are in this step.
-
-    These are all parameters of the Non-Local modules while gamma is 0, the gammas alone while it
-    rises, and none afterwards. The first step with a free gamma starts at gamma_target."""
+    """Sets every gamma to value, what gamma_at says for this step, and the first free one to
+    gamma_target. -> the parameters that stay as they are in this step."""
     # PAPER SILENT: what "frozen" means. The Non-Local modules get no gradient and have no state in
     # Adam, as if they were not there yet (the authors' code leaves them out). From the first step
     # in which gamma rises their weights learn; gamma itself is set until the ramp ends.
     modules = model.non_locals()
     gammas = [module.gamma for module in modules]
     for gamma in gammas:
-        if value is not None:
-            gamma.data.fill_(value)
-        elif gamma not in optimiser.state:  # Adam has not moved it yet
-            gamma.data.fill_(model.config.gamma_target)
+        if value is not None or gamma not in optimiser.state:  # Adam has not moved it yet
+            gamma.data.fill_(model.config.gamma_target if value is None else value)
     if value == 0:
         return [parameter for module in modules for parameter in module.parameters()]
     return gammas if value is not None else []
@@ -126,7 +118,6 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     for group in optimiser.param_groups:
         group["lr"] = lr
     losses = torch.zeros(steps, device=device)
-    look_every = 50 if device.type == "cuda" else 1  # reading a loss makes a GPU wait
     model.train()
     start = requested = time.perf_counter()
     waited = 0.0
@@ -150,13 +141,13 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
         optimiser.step()
 
         losses[step] = loss.detach()
-        if (step + 1) % look_every == 0 or step + 1 == steps:
+        if (step + 1) % 50 == 0 or step + 1 == steps:  # reading a loss makes a GPU wait
             bad = (~losses.isfinite()).nonzero().flatten().tolist()
             if bad:
                 raise InputError(
-                    f"the loss is {losses[bad[0]].item()} in epoch {epoch + 1}, step {bad[0] + 1}, "
-                    f"with learning rate {lr:g}; last.pt, if there is one, is from before: "
-                    "--resume auto with a lower --lr, or with --precision float32")
+                    f"the loss is not finite in epoch {epoch + 1}, step {bad[0] + 1}, with learning"
+                    f" rate {lr:g}; go on with --resume auto and a lower --lr, or with "
+                    "--precision float32")
         requested = time.perf_counter()
     seconds = time.perf_counter() - start
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -167,13 +158,13 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
 
 # ---------------------------------------------------------------------------- recipe and checkpoint
 
-CHANGEABLE = ("lr", "precision")  # of a run that is resumed: the cures for a loss that diverges
+CHANGEABLE = ("data", "lr", "precision")  # of a resumed run; the cures for a loss that diverges
 
 
 def default_recipe(dataset):
     """All that decides a run's weights, as plain types."""
     known = DATASETS[dataset]
-    return dict(dataset=dataset, splits=list(known.splits), skeleton=known.skeleton,
+    return dict(dataset=dataset, data="", splits=list(known.splits), skeleton=known.skeleton,
                 input=list(known.size), variant="lapx", **RECIPES[dataset],
                 scale=known.augmentation[0], rotation=known.augmentation[1],
                 precision="auto", compile=False, seed=0, overfit=0, init="")
@@ -192,9 +183,9 @@ def fast_precision(device):
                                              cpu.read_text()) else "float32"
 
 
-def new_recipe(dataset, given):
+def new_recipe(given):
     """The recipe of a new run: the flags that were given over the data set's defaults."""
-    recipe = default_recipe(dataset)
+    recipe = default_recipe(given.get("dataset", "synthetic"))
     ratio = given.get("epochs", recipe["epochs"]) / recipe["epochs"]
     if ratio != 1:
         print(f"{plural(given['epochs'], 'epoch')}, not {recipe['epochs']}: milestones and gamma "
@@ -206,34 +197,27 @@ def new_recipe(dataset, given):
 
 
 def read_recipe(path, given):
-    """The recipe.json of a run that is resumed, with the flags that were given -> recipe, folder of
-    the data set. InputError where a flag contradicts the recipe."""
-    with reading(path, "a recipe.json of train.py") as where:
-        content = data.read_json(path)
-        where.entry = "data"
-        root = os.fspath(content["data"])
-        where.entry = "recipe"
-        recipe = dict(content["recipe"])
+    """The recipe of a run that is resumed, from its recipe.json, with the flags that were given.
+    InputError where one of them contradicts it."""
+    with reading(path, "a recipe.json of train.py"):
+        recipe = data.read_json(path)["recipe"]
         for name, value in default_recipe(recipe["dataset"]).items():
-            number = isinstance(value, (int, float)) and isinstance(recipe[name], (int, float))
-            if not number and type(recipe[name]) is not type(value):
+            kind = (int, float) if isinstance(value, (int, float)) else type(value)
+            if not isinstance(recipe[name], kind):
                 raise TypeError(f"{name} is {recipe[name]!r}")
     for name, value in given.items():
+        if value != recipe[name] and name not in CHANGEABLE:
+            raise InputError(f"{path} is a run with {name} {recipe[name]} and keeps it: leave the"
+                             " flag out, or start another run (--init takes the weights)")
         if value != recipe[name]:
-            if name not in CHANGEABLE:
-                raise InputError(
-                    f"{path} is a run with {name.replace('_', '-')} {recipe[name]}; a run that is "
-                    "resumed keeps its recipe, but for --lr and --precision: leave the flag out, "
-                    "or start another run (--init takes the weights)")
             print(f"the recipe changes: {name} {recipe[name]} -> {value}")
-    return recipe | given, root
+    return recipe | given
 
 
 def restore(path, model, optimiser):
     """Puts a last.pt into the model and the optimiser -> its history, a row for each epoch."""
     with reading(path, "a last.pt of train.py (--init takes the weights alone of others)") as where:
         saved = load_file(path)
-        where.entry = "model"
         model.load_state_dict(saved["model"])
         where.entry = "optimiser"
         optimiser.load_state_dict(saved["optimiser"])
@@ -247,20 +231,7 @@ def restore(path, model, optimiser):
             if set(row) != set(history[0]):
                 raise ValueError("its rows differ")
             [float(value) for name, value in row.items() if name != "precision"]
-            percent(row)
     return history
-
-
-def save(path, content):
-    """Writes a checkpoint: the old one is replaced when the new one is whole on the disk."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    data.write_file(path, buffer.getvalue())
-
-
-def percent(metrics):
-    """The metric that a network is judged by, in percent: COCO's AP, or MPII's mean PCKh."""
-    return 100 * metrics["AP"] if "AP" in metrics else metrics["Mean"]
 
 
 # ---------------------------------------------------------------------------- the run
@@ -279,26 +250,23 @@ def main():
     if args.resume not in (None, "auto"):
         last = Path(args.resume)
         out = last.parent
-        if args.out and args.out.resolve() != out.resolve():
-            raise InputError(f"--resume {last} goes on in {out}, not in --out {args.out}; copy the "
-                             "folder to go on elsewhere")
-    given = {name: list(value) if name == "input" else value for name, value in vars(args).items()
+        if args.out not in (None, out):
+            raise InputError(f"--resume {last} goes on in its own folder, not in --out {args.out}; "
+                             "copy the folder to go on elsewhere")
+    given = {name: value for name, value in vars(args).items()
              if name in default_recipe("mpii") and value is not None}
-    if given.get("precision") == "auto":
-        given["precision"] = fast_precision(args.device)
-    begun = (out / "recipe.json").exists()
-    fresh = not args.resume or args.resume == "auto" and not begun
-    if fresh:
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"{out} is not empty: --resume auto goes on with the run in it, --out "
-                             "DIR starts another one elsewhere")
-        dataset = args.dataset or "synthetic"
-        recipe = new_recipe(dataset, {"precision": fast_precision(args.device)} | given)
-        root = str(data.data_folder(args.data, dataset))
+    given = json.loads(json.dumps(given, default=str))  # lists and strings, as in recipe.json
+    resumed = args.resume and (args.resume != "auto" or (out / "recipe.json").exists())
+    if resumed:
+        recipe = read_recipe(out / "recipe.json", given)
+    elif out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty: --resume auto goes on with the run in it, --out DIR "
+                         "starts another one elsewhere")
     else:
-        recipe, root = read_recipe(out / "recipe.json", given)
-        root = str(args.data or root)
+        recipe = new_recipe(given)
     recipe = argparse.Namespace(**recipe)
+    if recipe.precision == "auto":
+        recipe.precision = fast_precision(args.device)
     if not (recipe.lr > 0 and recipe.gamma_warmup >= 0 and recipe.gamma_ramp >= 0
             and 0 <= recipe.scale < 1 and 0 <= recipe.rotation <= 180):
         raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp at least 0, "
@@ -316,22 +284,22 @@ def main():
     skeleton = SKELETONS[recipe.skeleton]
     size = tuple(recipe.input)
     augmentation = (recipe.scale, recipe.rotation)
+    root = data.data_folder(recipe.data, recipe.dataset)
     people = data.load_people(recipe.dataset, root, recipe.splits[0], size, skeleton)
     if recipe.overfit:  # the same pictures to train and to score, exactly as they are
         people = valid = people.in_first_pictures(recipe.overfit)
         augmentation = None
-        print(f"overfitting {plural(len(people), 'person')} in at most "
-              f"{plural(recipe.overfit, 'picture')}, unaugmented")
+        print(f"overfitting {plural(len(people), 'person')}, unaugmented")
     else:
         people.truth = None  # only the others are scored
         valid = data.load_people(recipe.dataset, root, recipe.splits[1], size, skeleton)
     batch_size = min(recipe.batch_size, len(people)) // world * world
     if not batch_size:
-        raise InputError(f"--batch-size {recipe.batch_size} with {plural(len(people), 'person')} "
-                         f"leaves none for some of {world} processes")
+        raise InputError(f"{plural(len(people), 'person')} in batches of {recipe.batch_size} are "
+                         f"too few for {plural(world, 'process', 'es')}")
     if batch_size != recipe.batch_size:
-        print(f"batches of {batch_size}, not {recipe.batch_size}: there are "
-              f"{plural(len(people), 'person')} and {plural(world, 'process', 'es')}")
+        print(f"batches of {batch_size}: there are {plural(len(people), 'person')} and "
+              f"{plural(world, 'process', 'es')}")
     batches = []  # of the epoch under way
     samples = PoseDataset(people, size, skeleton, augmentation, recipe.seed)
     loader = data.make_loader(samples, batches, args.workers, device.type == "cuda")
@@ -340,35 +308,32 @@ def main():
     torch.manual_seed(recipe.seed)
     torch.backends.cudnn.benchmark = True
     model = lapx(len(skeleton.joints), recipe.variant)
-    info = evaluate.model_info(model.config, recipe.dataset, skeleton, size, recipe.precision)
+    info = evaluate.model_info(recipe.dataset, skeleton, size, recipe.precision)
     if world > 1 and device.type == "cuda":
         # PAPER SILENT: BatchNorm with several processes. On GPUs it normalises over the whole
         # batch. On CPUs, where torch cannot, each process normalises its share, and the running
         # statistics of the first process are the network's.
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=torch.channels_last)
-    network = evaluate.Network(model, info, device, model)  # sets the precision, too
+    network = evaluate.Network(model, info, device)  # sets the precision, too
     # PAPER SILENT: Adam's other settings. PyTorch's: betas 0.9 and 0.999, no weight decay.
-    optimiser = torch.optim.Adam(model.parameters(), recipe.lr,
-                                 fused=device.type in ("cpu", "cuda"))
+    optimiser = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)
     history = []
-    if not fresh and (last.exists() or args.resume != "auto"):
+    if resumed and (last.exists() or args.resume != "auto"):
         history = restore(last, model, optimiser)
         print(f"resumed after epoch {len(history)}")
     elif recipe.init:
         missing = load_fitting(model, recipe.init)
-        total = len(model.state_dict())
-        print(f"{total - len(missing)} of {total} tensors from {recipe.init}; afresh: "
-              f"{', '.join(missing[:12]) or 'none'}{', ...' * (len(missing) > 12)}")
+        print(f"weights from {recipe.init}, but for {', '.join(missing[:12]) or 'none'}"
+              f"{', ...' * (len(missing) > 12)}")
     wrapped = model  # trains; model is saved; network, which has its info, predicts
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False)
     if recipe.compile:  # on a GPU the step becomes one CUDA graph
-        wrapped = torch.compile(wrapped,
-                                mode="reduce-overhead" if device.type == "cuda" else None)
+        wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
 
     # the folder
-    if fresh and args.resume:
+    if args.resume and not resumed:
         print(f"{out} has no run to resume: a new run")
     if len(history) >= recipe.epochs and (out / "predictions.png").exists():
         print(f"all {plural(recipe.epochs, 'epoch')} are done: nothing to do")
@@ -377,10 +342,10 @@ def main():
              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
              "processes": world, "batch per process": batch_size // world,
              "loader processes": args.workers}
-    for key, value in {**vars(recipe), **facts, "data": root, "out": out}.items():
+    for key, value in {**vars(recipe), **facts, "out": out}.items():
         print(f"  {key:18} {value}")
     if rank == 0:
-        take_folder(out, {"recipe": vars(recipe), "data": root, "facts": facts}, fresh)
+        data.write_file(out / "recipe.json", {"recipe": vars(recipe), "facts": facts}, not resumed)
 
     def evaluate_people(flip):
         """-> the joints (N,K,3) of the validation people, and the metrics."""
@@ -389,82 +354,69 @@ def main():
                                      workers=args.workers)
         return keypoints, evaluate.score(keypoints, valid, network)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    try:
-        name = "AP" if recipe.dataset == "coco" else "PCKh@0.5"
-        print(f"{'epoch':>8} {'lr':>8} {'gamma':>11} {'loss':>9} {name:>8} {'images/s':>8} "
-              f"{'waiting':>7} {'time left':>10}", flush=True)
-        for epoch in range(len(history), recipe.epochs):
-            start = time.monotonic()
-            batches[:] = epoch_batches(len(people), batch_size, recipe.seed, epoch, rank, world)
-            loss, speed, waiting = train_epoch(wrapped, model, optimiser, loader, epoch, recipe,
-                                               device)
-            if rank > 0:  # the first process's network is scored and saved
-                history.append(None)
-                continue
-            _, metrics = evaluate_people(flip=False)
-            gammas = {f"gamma{number}": stage.hourglass.neck.non_local.gamma.item()
-                      for number, stage in enumerate(model.stages, start=1)
-                      if hasattr(stage.hourglass.neck, "non_local")}
-            row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
-                   **gammas, **metrics, "images_per_second": speed, "waiting": waiting,
-                   "seconds": time.monotonic() - start, "precision": recipe.precision}
-            history.append(row)
-            left = round((recipe.epochs - epoch - 1) * row["seconds"])
-            gammas = " ".join(f"{gamma:.3f}" for gamma in gammas.values()) or "-"
-            print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
-                  f"{percent(metrics):8.2f} {speed:8.1f} {waiting:7.1%} "
-                  f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
-            content = {"info": info, "model": model.state_dict()}
-            if not any(percent(row) > percent(metrics) for row in history):
-                save(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
-            data.write_csv(out / "log.csv", history)
-            save(out / "last.pt", content | {"history": history,
-                                             "optimiser": optimiser.state_dict()})
-        if rank > 0:
-            return
+    def stop(number, frame):  # Ctrl-C or SIGTERM, which reach loader processes, too
+        if rank == 0 and multiprocessing.parent_process() is None:
+            text = (f"stopped after epoch {len(history)} of {recipe.epochs}; go on with: python "
+                    f"train.py --resume auto --out {out}\n")
+            os.write(1, text.encode())
+        os._exit(130)
 
-        # PAPER SILENT: which epoch is scored. The last one; the best one would be picked by the
-        # very people that it is scored on.
-        for flip in (False, True):
-            keypoints, metrics = evaluate_people(flip)
-            evaluate.report(metrics, f"{recipe.dataset}, {plural(len(valid), 'person')}, boxes "
-                            f"annotated (gt),\ninput {size[0]}x{size[1]}, last epoch, "
-                            f"{'flip test with shift' if flip else 'no flip test'}",
-                            valid.head_source)
-        data.write_file(out / "curve.png", draw_curve(history))
-        data.write_file(out / "predictions.png", draw_predictions(
-            PoseDataset(valid, size, skeleton), keypoints, skeleton))
-        print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
-    except KeyboardInterrupt:
-        print(f"stopped after epoch {len(history)} of {recipe.epochs}; go on with: python train.py "
-              f"--resume auto --out {out}", flush=True)
-        os._exit(130)  # at once: loader processes and other GPUs end with us
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    best = "AP" if recipe.dataset == "coco" else "Mean"  # is highest in the best epoch
+    print(f"{'epoch':>8} {'lr':>8} {'gamma':>11} {'loss':>9} {best:>8} {'images/s':>8} "
+          f"{'waiting':>7} {'time left':>10}", flush=True)
+    for epoch in range(len(history), recipe.epochs):
+        start = time.monotonic()
+        batches[:] = epoch_batches(len(people), batch_size, recipe.seed, epoch, rank, world)
+        loss, speed, waiting = train_epoch(wrapped, model, optimiser, loader, epoch, recipe,
+                                           device)
+        if rank > 0:  # the first process's network is scored and saved
+            continue
+        _, metrics = evaluate_people(flip=False)
+        gammas = {f"gamma{number}": stage.hourglass.neck.non_local.gamma.item()
+                  for number, stage in enumerate(model.stages, start=1)
+                  if hasattr(stage.hourglass.neck, "non_local")}
+        row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
+               **gammas, **metrics, "images_per_second": speed, "waiting": waiting,
+               "seconds": time.monotonic() - start, "precision": recipe.precision}
+        history.append(row)
+        left = round((recipe.epochs - epoch - 1) * row["seconds"])
+        gammas = " ".join(f"{gamma:.3f}" for gamma in gammas.values()) or "-"
+        print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
+              f"{metrics[best]:8.2f} {speed:8.1f} {waiting:7.1%} "
+              f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
+        content = {"info": info, "model": model.state_dict()}
+        if not any(row[best] > metrics[best] for row in history):
+            data.write_file(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
+        data.write_csv(out / "log.csv", history)
+        content |= {"history": history, "optimiser": optimiser.state_dict()}
+        data.write_file(out / "last.pt", content)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
 
-
-def take_folder(out, content, fresh):
-    """Makes a new run's folder its own, or cleans that of a resumed one of halves of files."""
-    if not fresh:
-        for part in out.glob(".*.part"):  # of writes that were killed
-            part.unlink()
-        return data.write_file(out / "recipe.json", content)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "recipe.json", "x") as file:  # fails if another run was quicker
-            json.dump(content, file, indent=1)
-    except OSError as error:
-        raise InputError(f"{out / 'recipe.json'} can't be made ({error.strerror}); if another run "
-                         "has just started there, choose another --out") from error
+    # PAPER SILENT: which epoch is scored. The last one; the best one would be picked by the
+    # very people that it is scored on.
+    for flip in (False, True):
+        keypoints, metrics = evaluate_people(flip)
+        evaluate.report(metrics, f"{recipe.dataset}, {plural(len(valid), 'person')}, boxes "
+                        f"annotated (gt),\ninput {size[0]}x{size[1]}, last epoch, "
+                        f"{'flip test with shift' if flip else 'no flip test'}",
+                        valid.head_source)
+    data.write_file(out / "curve.png", draw_curve(history, best))
+    found = replace(valid, joints=keypoints[..., :2], visible=keypoints[..., 2] > 0.2)
+    samples = PoseDataset(found, (2 * size[0], 2 * size[1]), skeleton)
+    drawn = data.show_samples(samples, skeleton, targets=False, count=min(12, len(valid)))
+    data.write_file(out / "predictions.png", drawn)
+    print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
 
 
 # ---------------------------------------------------------------------------- drawings
 
-def draw_curve(history):
-    """Loss, score and gamma over the epochs: a Pillow picture with a panel for each."""
-    score = "AP" if "AP" in history[0] else "Mean"
+def draw_curve(history, score):
+    """Loss, score (a column of the history) and gamma over the epochs: a Pillow picture."""
     panels = {"loss": ["loss"], f"{score} of the validation people": [score],
               "gamma": [name for name in history[0] if name.startswith("gamma")]}
     picture = Image.new("RGB", (720, 720), "white")
@@ -483,21 +435,6 @@ def draw_curve(history):
     return picture
 
 
-def draw_predictions(samples, keypoints, skeleton, count=12):
-    """A sheet of validation crops with the joints (N,K,3) that were predicted."""
-    sheet = []
-    people = samples.people
-    for row in range(min(count, len(samples))):
-        picture = Image.fromarray(samples[row][1].numpy())
-        picture = picture.resize((2 * picture.width, 2 * picture.height))
-        matrix = data.affine(people.center[row], people.scale[row], samples.size)
-        points = data.transform(keypoints[row, :, :2], matrix)
-        data.draw_pose(picture, np.column_stack([2 * points + 0.5, keypoints[row, :, 2]]),
-                       skeleton, threshold=0.2)
-        sheet.append(picture)
-    return data.grid(sheet, columns=6)
-
-
 # ---------------------------------------------------------------------------- flags
 
 def parse():
@@ -508,9 +445,7 @@ def parse():
         description=__doc__, epilog=defaults, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_data_arguments(parser, "synthetic, drawn on the fly",
                             "256x256 for mpii, 256x192 for coco, 128x128 for synthetic")
-    add = parser.add_argument_group(
-        "recipe (a resumed run keeps it, but for --lr and --precision; defaults: below)"
-    ).add_argument
+    add = parser.add_argument_group("recipe (--resume keeps it; defaults: below)").add_argument
     add("--variant", help="a row of Table 3", choices=VARIANTS, metavar="NAME")
     add("--splits", nargs=2, metavar=("TRAIN", "VALID"))
     add("--epochs", type=data.number_from(1), metavar="N",
@@ -536,14 +471,11 @@ def parse():
     add("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the one in --out, "
         "if there is one")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    add("--workers", type=data.number_from(0, data.cpu_count()),
-        help="loader processes (default: all CPUs but one for GPUs, else 1)")
-    args = parser.parse_args()
-    if args.workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        gpu = args.device in ("auto", "cuda") and torch.cuda.is_available()
-        args.workers = max(0, data.cpu_count() // processes - 1) if gpu else 1
-    return args
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(0, data.cpu_count() // processes - 1) if torch.cuda.is_available() else 1
+    add("--workers", type=data.number_from(0, data.cpu_count()), default=workers,
+        help="loader processes (default: %(default)s, from the CPUs where there is a GPU, else 1)")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
