@@ -55,16 +55,16 @@ def affine(center, scale, size, rotation=0.0, flip=False):
 
 
 def transform(points, matrix):
-    """Points (...,2) through a 3x3 matrix, or points (N,K,2) through N of them (N,3,3)."""
+    """Points (...,K,2) through a 3x3 matrix, or points (N,K,2) through N of them (N,3,3)."""
     return np.einsum("...kj,...ij->...ki", points, matrix[..., :2, :2]) + matrix[..., None, :2, 2]
 
 
 def crop(picture, matrix, size):
     """The crop (height, width) of a Pillow picture: (H,W,3) uint8. Bilinear, black outside.
 
-    matrix: from the picture to the crop. The published numbers used OpenCV's warpAffine. OpenCV
-    rounds grey levels, Pillow truncates. OpenCV blends the picture's edge into the black outside;
-    Pillow does so only if the black is in the picture, so it gets a black ring of one pixel."""
+    matrix: from the picture to the crop. The published numbers used OpenCV's warpAffine, which
+    blends the picture's edge into the black outside. Pillow does so with a black ring of one pixel
+    around the picture. Pillow truncates grey levels, OpenCV rounds them."""
     height, width = size
     inverse = np.linalg.inv(matrix)[:2]
     inverse[:, 2] += 1  # the ring
@@ -123,7 +123,7 @@ class PoseDataset(torch.utils.data.Dataset):
         degrees = 0.0
         flip = False
         if self.augmentation:
-            rng = np.random.default_rng((self.seed, epoch, row, 1))  # 1: not the shuffle's
+            rng = np.random.default_rng((self.seed, epoch, row, 1))  # 1: not epoch_batches'
             factor, degrees, flip = draw_augmentation(rng, *self.augmentation)
         matrix = affine(people.center[row], people.scale[row] * factor, self.size, degrees, flip)
         image = crop(people.picture(row), matrix, self.size)
@@ -152,8 +152,8 @@ def constant(values, device):
 def normalise(images, bgr=False, mean=MEAN, std=STD):
     """Crops (B,H,W,3) uint8 RGB, on any device -> the network's input (B,3,H,W) float32.
 
-    Divided by 255, minus the mean, by the standard deviation of each channel; channels last in
-    memory. bgr: the channels in the order blue, green, red, with the same numbers."""
+    (x / 255 - mean) / std of each channel; channels last in memory. bgr: the channels in the order
+    blue, green, red, with the same numbers."""
     images = images.flip(3) if bgr else images
     images = (images / 255 - constant(mean, images.device)) / constant(std, images.device)
     return images.permute(0, 3, 1, 2)
@@ -165,8 +165,8 @@ def gaussian_targets(joints, visible, size):
 
     A Gaussian of height 1 around the heatmap pixel nearest to the joint, cut off at 3 sigma. The
     weight is 1 for joints to learn, else 0. Rounding and the test of the border are those of
-    SimpleBaseline to the last pixel: int() truncates towards 0, and the low side is a pixel looser.
-    """
+    SimpleBaseline to the last pixel: rounded towards 0, and on the left and at the top a Gaussian
+    that ends just outside still counts."""
     # PAPER SILENT: width of the targets. SimpleBaseline's 2 heatmap pixels, 3 at 384x288.
     sigma = 3 if max(size) > 256 else 2
     h, w = heatmap_size(*size)
@@ -174,7 +174,7 @@ def gaussian_targets(joints, visible, size):
     centers = (joints / STRIDE + 0.5).trunc()  # (B,K,2) heatmap pixels
     limits = constant((w, h), joints.device)
     # DIFFERS: joints outside the crop. The paper masks them; the published protocol, which we
-    # follow, masks those from whose Gaussian nothing reaches into the map.
+    # follow, masks those that are more than 3 sigma outside.
     on_map = ((centers - radius < limits) & (centers + radius + 1 >= 0)).all(2)  # (B,K)
     # DIFFERS: occluded joints. The paper masks "invisible" joints; as in the published protocol we
     # mask those that nobody annotated, and learn those that are annotated but occluded.
@@ -204,7 +204,7 @@ class People:
     center: np.ndarray  # (N,2) pixels of the picture
     scale: np.ndarray  # (N,) width of the padded box / 200
     joints: np.ndarray  # (N,K,2) pixels of the picture
-    visible: np.ndarray  # (N,K) bool: annotated, be it occluded
+    visible: np.ndarray  # (N,K) bool: annotated, even if occluded
     score: np.ndarray  # (N,) of the detected box; 1 for annotated ones
     head_size: np.ndarray | None = None  # (N,) pixels, what PCKh measures with
     head_source: str = ""  # what the head sizes are, in words
@@ -223,7 +223,7 @@ class People:
         _, first = np.unique(self.image_id, return_index=True)
         pictures = self.image_id[np.sort(first)[:count]]
         people = self.rows(np.isin(self.image_id, pictures))
-        if self.truth:  # average precision passes over the persons of other pictures
+        if self.truth:  # average precision ignores the persons of other pictures
             kept = np.isin(self.truth.images["id"], pictures)
             images = {name: values[kept] for name, values in self.truth.images.items()}
             people.truth = replace(self.truth, images=images)
@@ -312,7 +312,7 @@ def read_mpii(root, split, size=None, skeleton=None):
         lowest={"scale": 1e-3})
     center = persons["center"]
     scale = persons["scale"]
-    boxed = center[:, 0] != -1
+    boxed = center[:, 0] != -1  # else there is no center
     center[:, 1] += np.where(boxed, 15 * scale, 0)
     _, image_id = np.unique(files, return_inverse=True)
     people = People(
@@ -360,7 +360,7 @@ def read_coco_file(path, num_joints, folder=None):
     with reading(path, "a COCO annotation file with images and annotations"):
         categories = [item["id"] for item in content.get("categories", []) if "keypoints" in item]
         category = categories[0] if categories else 1
-        files = [os.fspath(item.get("file_name", "")) for item in content["images"]]
+        files = [os.fspath(item.get("file_name", "")) for item in content["images"]]  # of text
         found = [item for item in content.get("annotations", []) if item["category_id"] == category]
     images = read_columns(path, "picture", content["images"], {"id": (), "width": (), "height": ()},
                           missing={"width": 1e10, "height": 1e10},  # then no box is clipped
@@ -407,12 +407,12 @@ def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"]):
     labelled = single & persons["keypoints"].any((1, 2))
     sized = (high >= low).all(1) & (high > low).any(1) & (persons["area"] > 0)
     rows = np.flatnonzero(labelled & sized)
-    told = (f"{file.path}: of {plural(single.sum(), 'person')} {labelled.sum()} with labelled "
-            f"joints, {np.sum(labelled & ~sized)} of them without area or box")
+    summary = (f"{file.path}: of {plural(single.sum(), 'person')} {labelled.sum()} with labelled "
+               f"joints, {np.sum(labelled & ~sized)} of them without area or box")
     if not len(rows):
-        raise InputError(f"{told}: nobody is left to learn from or to score")
+        raise InputError(f"{summary}: nobody is left to learn from or to score")
     if len(rows) < single.sum():
-        print(told)
+        print(summary)
     rows = rows[np.argsort(image[rows], kind="stable")]  # in the order of the list of images
     people = people_in_boxes(boxes[rows], np.ones(len(rows)), size, len(skeleton.joints),
                              **in_pictures(file, image[rows]))
@@ -431,8 +431,7 @@ def people_in_boxes(boxes, scores, size, num_joints, **pictures):
     """Boxes (N,4) as x, y, width, height -> People without joints. pictures: where they are, the
     fields of People that are missing here.
 
-    A box is widened to the shape of the crop, size (height, width), then padded. As in HRNet,
-    detected boxes are neither clipped nor shortened."""
+    A box is widened to the shape of the crop, size (height, width), then padded."""
     N = len(boxes)
     height, width = size
     widths = np.maximum(boxes[:, 2], boxes[:, 3] * width / height)
@@ -447,7 +446,7 @@ def read_detections(path, by_id, by_name, category=1):
 
     by_id, by_name: {image_id: picture}, {file name: picture}, whatever a picture is to the caller.
     -> the pictures, a list; boxes (N,4); scores (N,). What belongs to none of the pictures, or has
-    no size, is left out and told."""
+    no size, is left out; how many is printed."""
     with reading(path, "a list of boxes, each with image_id or file_name") as where:
         entries = [entry for entry in read_json(path)
                    if entry.get("category_id", category) == category]
@@ -470,7 +469,9 @@ def read_detections(path, by_id, by_name, category=1):
 
 
 def read_boxes(path, root, split, size, skeleton):
-    """Detected boxes in COCO's pictures of a split -> People without joints, in that order."""
+    """Detected boxes in COCO's pictures of a split -> People without joints, in the file's order.
+
+    As in HRNet, they are neither clipped nor shortened."""
     file = read_coco_split(root, split, len(skeleton.joints))
     by_id = {int(image_id): row for row, image_id in enumerate(file.images["id"])}
     by_name = {name: row for row, name in enumerate(file.files)}
@@ -537,7 +538,7 @@ ARMS = {-1: (12, 11, 10), 1: (13, 14, 15)}  # shoulder, elbow, wrist
 
 def synthetic_pose(seed, number):
     """A figure that faces us: its joints (16,2) in pixels of its picture, in MPII's order; the
-    length of its head; the picture's size (width, height). One in four is partly outside."""
+    length of its head; the picture's size (width, height). About one in eight is partly outside."""
     rng = np.random.default_rng((seed, number))
 
     # In head lengths, around the pelvis. Angles are in radians from straight down; the person's
@@ -621,7 +622,8 @@ def read_synthetic(root, split, size=None, skeleton=None):
     seed = list(counts).index(split)
     poses = [synthetic_pose(seed, number) for number in range(N)]
     joints = np.array([joints for joints, _, _ in poses])  # (N,16,2)
-    head_size = 0.6 * 1.25 * np.array([head for _, head, _ in poses])  # as MPII's, see read_mpii
+    # as MPII's: 0.6 of the diagonal of a head box, here of 1 by 0.75 head lengths
+    head_size = 0.6 * 1.25 * np.array([head for _, head, _ in poses])
     corner = np.array([size for _, _, size in poses])[:, None] - 1  # (N,1,2)
     visible = ((joints >= 0) & (joints <= corner)).all(2)
     inside = np.clip(joints, 0, corner)
@@ -743,7 +745,7 @@ def show_samples(dataset, skeleton, targets=True, count=12):
     """A sheet of samples: each crop with its joints, beside it all its targets, if wanted."""
     sheet = []
     for number in range(count):
-        epoch, row = divmod(number, len(dataset))
+        epoch, row = divmod(number, len(dataset))  # of few people more epochs
         _, image, joints, visible = dataset[epoch, row]
         picture = Image.fromarray(image.numpy())
         maps, weights = gaussian_targets(joints[None], visible[None], dataset.size)
@@ -869,11 +871,12 @@ def keep_memory():
 
 def image_size(text):
     """"256x192" -> (256, 192), height and width; an argparse type."""
-    sides = [int(side) for side in text.lower().split("x") if side.isdigit()]
-    if len(sides) != 2 or min(sides) < 64 or max(sides) > 4096:
+    match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
+    sides = tuple(map(int, match.groups())) if match else (0, 0)
+    if min(sides) < 64 or max(sides) > 4096:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not HEIGHTxWIDTH with numbers from 64 to 4096, such as 256x192")
-    return tuple(sides)
+    return sides
 
 
 def number_from(lowest, highest=10**9):

@@ -32,9 +32,9 @@ from lapx import (LAPX, MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, deco
 def flip_back(heatmaps, order, shift=True):
     """The heatmaps (B,K,h,w) of mirrored crops -> as if of the crops themselves.
 
-    Mirrored, left and right joints exchanged (order (K,)), and moved one pixel to the right, except
-    column 0: since heatmap pixel x lies on input pixel 4x, the mirrored map is 3/4 of a pixel too
-    far left (SimpleBaseline shifts by a whole one, and 1/4 remains)."""
+    Mirrored, left and right joints exchanged (order (K,)), and moved one pixel to the right (column
+    0 stays, too): since heatmap pixel x lies on input pixel 4x, the mirrored map is 3/4 of a pixel
+    too far left (SimpleBaseline shifts by a whole one, and 1/4 remains)."""
     heatmaps = heatmaps.flip(3)[:, order]
     if shift:
         heatmaps = torch.cat([heatmaps[..., :1], heatmaps[..., :-1]], dim=3)
@@ -49,13 +49,14 @@ def predict(network, people, flip=True, shift=True, quarter_offset=True, batch_s
     """
     keypoints = np.zeros((len(people), len(network.skeleton.joints), 3))
     samples = PoseDataset(people, network.size, network.skeleton)
+    order = flip_order(network.skeleton)
     batches = torch.utils.data.BatchSampler(range(len(people)), batch_size, drop_last=False)
     loader = data.make_loader(samples, batches, workers, network.device.type == "cuda")
     for rows, crops, _, _ in data.progress(loader, "batches"):
         heatmaps = network(crops)[-1]  # (B,K,h,w)
         if flip:
             mirrored = network(crops.flip(2))[-1]  # crops are (B,H,W,3)
-            heatmaps = (heatmaps + flip_back(mirrored, samples.mirrored, shift)) / 2
+            heatmaps = (heatmaps + flip_back(mirrored, order, shift)) / 2
         points, scores = decode(heatmaps, quarter_offset)  # (B,K,2), (B,K)
         keypoints[rows] = torch.cat([STRIDE * points, scores[..., None]], dim=2).cpu()
     if not np.isfinite(keypoints).all():
@@ -77,7 +78,8 @@ def pckh(predictions, joints, visible, head_sizes):
 
     predictions, joints (N,16,2) in one frame; visible (N,16) bool; head_sizes (N,) in pixels.
     A distance of exactly half a head size is a hit. A column is the unweighted mean of left and
-    right; Mean is over all visible joints but pelvis and thorax. NaN where no joint is visible."""
+    right; Mean is over all visible joints but pelvis and thorax. A column is NaN if one of its
+    joints is never visible."""
     distance = np.linalg.norm(predictions - joints, axis=2) / head_sizes[:, None]  # (N,16)
 
     def percentage(indices, threshold):
@@ -106,21 +108,21 @@ MAX_DETECTIONS = 20  # per picture
 
 def object_keypoint_similarity(found, truth, area, box, sigmas):
     """OKS of D detections with one person: found (D,K,2) and truth (K,3) in pixels, the person's
-    area and box (x, y, width, height), sigmas (K,) -> (D,).
+    area, a number or (D,1), and box (x, y, width, height), sigmas (K,) -> (D,).
 
     The mean over the labelled joints of exp(-d^2 / (2 (2 sigma)^2 area)), d being the distance."""
     labelled = truth[:, 2] > 0
     if labelled.any():
         difference = found[:, labelled] - truth[labelled, :2]  # (D,L,2), L labelled joints
         sigmas = sigmas[labelled]
-    else:  # the distance of all joints to the box, enlarged by itself on each side (pycocotools)
+    else:  # the distance of all joints to the box made 3 times as wide and high (pycocotools)
         corner = box[:2]
         extent = box[2:]
         difference = (np.maximum(0, corner - extent - found)
                       + np.maximum(0, found - corner - 2 * extent))
     squared = difference[..., 0] ** 2 + difference[..., 1] ** 2  # (D,L)
     exponent = squared / (2 * sigmas) ** 2 / (area + np.spacing(1)) / 2
-    # contiguous: summed in pycocotools' order, equal to the last bit, as ties decide matches
+    # contiguous: sums in pycocotools' order; the last bit can change a match
     return np.ascontiguousarray(np.exp(-exponent)).sum(1) / len(sigmas)
 
 
@@ -128,10 +130,10 @@ def match(similarity, ignored, crowd, threshold):
     """Which person each detection of a picture finds, greedily: similarity (D lists of G), the
     detections from the highest score down; ignored, crowd (G,) -> D indices, -1 for nobody.
 
-    A detection takes the most similar person that is still free (of equals the later one, as in
-    pycocotools). One that is ignored is taken only if none that counts is similar enough. A crowd
-    is never used up."""
-    order = sorted(range(len(ignored)), key=lambda person: ignored[person])  # stable
+    ignored: a crowd, a person without labelled joints or of another size. A detection takes the
+    most similar person that is still free (of equals the later one, as in pycocotools), an ignored
+    one only if no other is similar enough. A crowd is never used up."""
+    order = sorted(range(len(ignored)), key=lambda person: ignored[person])  # ignored ones last
     taken = set()
     matches = []
     for row in similarity:
@@ -154,18 +156,20 @@ def match(similarity, ignored, crowd, threshold):
 def precision_and_recall(scores, hit, left_out, total):
     """Detections of the whole data set -> precision at RECALLS (T,101), final recall (T,).
 
-    scores (D,); hit, left_out (T,D) bool; total: how many persons there are to find. -1 if none."""
+    scores (D,); hit, left_out (neither right nor wrong) (T,D) bool; total: how many persons there
+    are to find; -1 if none."""
     if total == 0:
         return np.full((len(THRESHOLDS), len(RECALLS)), -1.0), np.full(len(THRESHOLDS), -1.0)
     order = np.argsort(-scores, kind="stable")
     true = np.cumsum((hit & ~left_out)[:, order], axis=1)  # (T,D)
     false = np.cumsum((~hit & ~left_out)[:, order], axis=1)
-    falling = true / (true + false + np.spacing(1))
-    falling = np.maximum.accumulate(falling[:, ::-1], axis=1)[:, ::-1]  # it falls with recall
-    falling = np.column_stack([falling, np.zeros(len(THRESHOLDS))])  # 0 for recalls never reached
+    precision = true / (true + false + np.spacing(1))
+    # the best one at this recall or a higher one; 0 for recalls that are never reached
+    precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    precision = np.column_stack([precision, np.zeros(len(THRESHOLDS))])
     recall = true / total
-    precision = [row[np.searchsorted(reached, RECALLS)] for row, reached in zip(falling, recall)]
-    return np.array(precision), recall.max(1, initial=0)
+    sampled = [row[np.searchsorted(reached, RECALLS)] for row, reached in zip(precision, recall)]
+    return np.array(sampled), recall.max(1, initial=0)
 
 
 def results_columns(entries, path, num_joints, category):
@@ -187,8 +191,8 @@ def results_columns(entries, path, num_joints, category):
 def coco_ap(file, entries, path, sigmas):
     """The ten numbers of COCO's keypoint task, equal to pycocotools: {AP, AP50, ..., ARL}.
 
-    file: a data.CocoFile, the truth. entries: COCO results, the parsed file path, which errors
-    name. sigmas (K,). -1 where there is nobody to find."""
+    file: a data.CocoFile, the truth. entries: COCO results, parsed. path: their file, for errors.
+    sigmas (K,). A number is from 0 to 1, or -1 where there is nobody to find."""
     results = results_columns(entries, path, len(sigmas), file.category)
     unknown = np.setdiff1d(results["image_id"], file.images["id"])
     if len(unknown):
@@ -196,13 +200,13 @@ def coco_ap(file, entries, path, sigmas):
                          f"does not have (first: {unknown[0]:.0f}); are both of the same split?")
     order = np.lexsort((-results["score"], results["image_id"]))  # by picture, then best first
     results = {name: column[order] for name, column in results.items()}
+    # of annotations with one id the last replaces the others (pycocotools)
     last = {id: row for row, id in enumerate(file.persons["id"])}
-    # an id that occurs twice is its last annotation twice (pycocotools)
     rows = np.array([last[id] for id in file.persons["id"]], int)
     persons = {name: column[rows] for name, column in file.persons.items()}
     crowd = persons["iscrowd"] > 0
 
-    considered = np.zeros(len(order), bool)
+    considered = np.zeros(len(order), bool)  # the best MAX_DETECTIONS of each picture
     pictures = []  # in which somebody may be found
     for image in np.unique(results["image_id"]):
         detections = np.flatnonzero(results["image_id"] == image)[:MAX_DETECTIONS]  # (D,)
@@ -228,7 +232,8 @@ def coco_ap(file, entries, path, sigmas):
         # id of 0 is no match
         hit = np.append(persons["id"], 0)[found] != 0  # (T,D)
         outside = (results["area"] < low) | (results["area"] > high)
-        left_out = np.append(ignored, False)[found] | ~hit & outside | ~considered
+        left_out = np.append(ignored, False)[found] | (~hit & outside) | ~considered
+        # train.py --overfit leaves out images
         total = np.count_nonzero(~ignored & np.isin(persons["image_id"], file.images["id"]))
         precision, recall = precision_and_recall(results["score"], hit, left_out, total)
         precisions.append(precision)
@@ -324,7 +329,7 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
     """A Network from a file of weights, a name in lapx.WEIGHTS, or an ONNX file (on the CPU).
 
     size (height, width), skeleton (a name in SKELETONS), bgr: what the file does not tell, or is to
-    be changed. InputError if the file is broken, or neither tells all that is needed."""
+    be changed. InputError if the file is broken, or file and arguments leave something open."""
     path = weights_path(path)
     if path.suffix == ".onnx":
         if device not in ("auto", "cpu"):
@@ -356,7 +361,7 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
         joints = np.ones((len(flip_order(network.skeleton)), 3))
         data.draw_pose(Image.new("RGB", (1, 1)), joints, network.skeleton)
         normalise(torch.zeros(1, 1, 1, 3), *network.normalisation)
-        DATASETS[info["dataset"] or "mpii"]
+        DATASETS[info["dataset"] or "mpii"]  # an unknown one fails
     network(torch.zeros(1, *network.size, 3, dtype=torch.uint8))
     return network
 
@@ -389,7 +394,8 @@ def run_session(session, path, images):
     takes = session.get_inputs()[0]
     with reading(path, f"a network for images {tuple(images.shape)}, see --input"):
         batch = takes.shape[0] if isinstance(takes.shape[0], int) else len(images)
-        rows = torch.arange(len(images) + -len(images) % batch) % len(images)  # whole batches
+        # the last batch is filled with the first images
+        rows = torch.arange(len(images) + -len(images) % batch) % len(images)
         runs = [session.run(None, {takes.name: images[part].numpy()}) for part in rows.split(batch)]
         return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
 
@@ -399,7 +405,7 @@ def run_session(session, path, images):
 def score(keypoints, people, network):
     """Predictions (N,K,3) of a whole split, in pixels of the pictures -> {metric: value}."""
     if people.truth is None:
-        return pckh(keypoints[..., :2] + 1, people.joints + 1, people.visible, people.head_size)
+        return pckh(keypoints[..., :2], people.joints, people.visible, people.head_size)
     results = coco_results(keypoints, people, network)
     return coco_ap(people.truth, results, "the predictions", network.skeleton.sigmas)
 
@@ -510,8 +516,8 @@ def predict_picture(network, picture, boxes=None, scores=None, **protocol):
                          f"{picture.width}x{picture.height}, not all of {boxes.tolist()[:5]} do")
     people = people_in_picture(network, picture, boxes, scores)
     keypoints = predict(network, people, **protocol)
-    found, kept = rescore(keypoints, people, network)
-    return [{"box": boxes[row].tolist(), "score": float(found[row]),
+    persons, kept = rescore(keypoints, people, network)
+    return [{"box": boxes[row].tolist(), "score": float(persons[row]),
              "joints": dict(zip(network.skeleton.joints, keypoints[row].tolist()))} for row in kept]
 
 

@@ -6,12 +6,10 @@
     python export.py --profile lapx.onnx
 
 The first file is the same function, written so that ONNX Runtime is quick with
-it; --plain writes the layers one by one. A float32 file is only written if ONNX
-Runtime computes with it what PyTorch does. All that its user needs (joints,
-flip pairs, limbs, input size, mean, std, order of colours) is in the file, as
-JSON under the key "lapx" of its metadata; evaluate.py reads it from there.
-
-Measured: XX"""
+it; --plain writes layer by layer, BatchNorms folded. A float32 file is only
+written if ONNX Runtime computes with it what PyTorch does. All that its user
+needs (joints, flip pairs, limbs, input size, mean, std, order of colours) is in
+the file, as JSON under the key "lapx" of its metadata, for evaluate.py, too."""
 
 import argparse
 import copy
@@ -70,7 +68,7 @@ def channelwise(scale, bias=None):
 
 
 def fold(module, conv, norm):
-    """Moves a module's BatchNorm into the convolution before it; both are named attributes."""
+    """Moves a module's BatchNorm into the convolution before it. conv, norm: their names."""
     fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
     setattr(module, conv, fused)
     setattr(module, norm, nn.Identity())
@@ -103,7 +101,7 @@ class Nothing(nn.Module):
 
 
 def one_way(model):
-    """The same model, folded, with one convolution to the next stage in place of two.
+    """Changes a folded model in place: one convolution to the next stage instead of two.
 
     The next stage gets features_to_next(y) + heatmaps_to_next(head(y)), and head, too, is a 1x1
     convolution: the product of its matrix and the one behind it is added to that of the features.
@@ -192,15 +190,16 @@ def to_onnx(module, size, outputs, batch=None):
         warnings.simplefilter("ignore")  # the exporter's own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            module, (torch.zeros(batch or 2, 3, *size),), dynamo=True, opset_version=OPSET,
+            module, (torch.zeros(batch or 2, 3, *size),),  # an open batch must not be 1 here
+            dynamo=True, opset_version=OPSET,
             input_names=["images"], output_names=outputs, dynamic_shapes=shapes, verbose=False,
             external_data=False)
     model = program.model_proto
-    for node in model.graph.node:  # the exporter notes where in whose files a node comes from
+    for node in model.graph.node:  # drops the exporter's notes, paths of source files among them
         del node.metadata_props[:]
         node.doc_string = ""
     del model.graph.value_info[:]
-    if batch is None:  # torch 2.6 gets some of these wrong
+    if batch is None:  # torch 2.6 names some of these wrongly
         for item in [*model.graph.input, *model.graph.output]:
             item.type.tensor_type.shape.dim[0].dim_param = "batch"
     return model
@@ -315,7 +314,7 @@ def node_calls(path, feed, threads=1, runs=1, **settings):
 
 def count_onnx(path, feed):
     """-> an ONNX file's parameters, and the multiply-adds of its convolutions and matrix products
-    for these inputs; from the shapes that they have when the graph runs as it is written."""
+    for these inputs; from the shapes in a run without ONNX Runtime's own optimisations."""
     graph = onnx.load(path).graph
     constants = [attribute.t for node in graph.node if node.op_type == "Constant"
                  for attribute in node.attribute if attribute.name == "value"]
@@ -437,7 +436,7 @@ def time_files(args):
 def draw_timing(rows, cpu):
     """A figure like PAPER Figure 3: multiply-adds against frames per second, a Pillow picture.
 
-    A bubble's area is the file's parameters; a line leads to what it is."""
+    A bubble's area is the file's parameters; a line leads to its label."""
     rows = sorted(rows, key=lambda row: -row["fps"])
     bottom = max(450, 40 * len(rows))
     picture = Image.new("RGB", (840, bottom + 50), "white")
@@ -524,7 +523,7 @@ def byte_form(model):
     replace_modules(model, ECA, PooledECA)
     for module in model.modules():
         if isinstance(module, Block) and module.alpha is not None:
-            module.shortcut = channelwise(module.alpha.flatten())
+            module.shortcut = channelwise(module.alpha.flatten())  # gated blocks have none
             module.alpha = None
     return model
 
@@ -579,7 +578,7 @@ class ByteGraph:
     ONNX has a value in bytes when a DequantizeLinear follows a QuantizeLinear; ONNX Runtime then
     computes the operators between such pairs in 8 bits. ranges: value_ranges'."""
 
-    REACH = 4.5  # how far above 0 the input of an ELU must reach
+    REACH = 4.5  # an ELU's input reaches so far above 0: e^-4.5 / 4, its error, is below 1 / 255
 
     def __init__(self, graph, ranges):
         self.graph = graph
@@ -630,7 +629,7 @@ class ByteGraph:
         which is a table of 256 bytes, gives it whole. Its input is z with another zero."""
         value = node.input[0]
         scale, zero = self.place(value, self.REACH)
-        b = min(round(self.REACH / scale), 255 - zero)  # in steps of z
+        b = min(round(self.REACH / scale), 255 - zero)  # b / scale, a number of steps
         top = 1 / (1 + math.exp(b * scale))  # sigmoid(-b)
         z = self.to_bytes(self.readings.get(value, value), scale, zero)
         positive = self.emit("Max", z, self.constant(zero, np.uint8))
@@ -655,6 +654,8 @@ class ByteGraph:
                                         self.constant(step, np.float32), axis=0))
 
     def rewrite(self):
+        """Node by node: an Elu goes through a table, convolutions get weights in bytes, and what
+        comes of values in bytes is stored in bytes."""
         nodes = list(self.graph.node)
         del self.graph.node[:]
         readers = defaultdict(set)  # value -> the operators that read it
@@ -681,7 +682,7 @@ class ByteGraph:
             self.graph.node.append(node)
             if kind in ("MaxPool", "AveragePool", "Resize") and of_bytes:
                 self.store(output, self.places[first])  # they stay in the range of their input
-            elif (kind == "Conv" and of_bytes and readers[output] != {"Elu"}  # which does it itself
+            elif (kind == "Conv" and of_bytes and readers[output] != {"Elu"}  # see elu
                   or kind == "Mul" and of_bytes or kind == "Add" and partly):
                 self.store(output, self.place(output))
         used = {value for node in self.graph.node for value in node.input}

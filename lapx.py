@@ -37,13 +37,13 @@ What each module puts out for one picture of 256 x 256, channels x height x widt
     stages.0.attention                  208 x 64 x 64
     stages.0.head                        16 x 64 x 64      the heatmaps of stage 1
     stages.0.features_to_next           208 x 64 x 64
-    stages.0.heatmaps_to_next           208 x 64 x 64      stages 2 and 3: the same again
+    stages.0.heatmaps_to_next           208 x 64 x 64      the last stage has no *_to_next
 
-Glossary. One letter means one thing in all files:
+Glossary. One letter means one thing, unless a docstring says otherwise:
     B batch    C channels    K joints    S stages    N persons of a data set
     H, W       height and width of the network's input; sizes are written (height, width)
     h, w       height and width of a feature map or a heatmap, H/4 and W/4 for heatmaps
-    visible    of a joint: annotated, be it occluded (COCO says labelled)
+    visible    of a joint: annotated, even if occluded (COCO says labelled)
     alpha      the soft gate: one learnt factor per channel of a residual
     gamma      the factor of the global context: one number per Non-Local module
     neck       the attention at the bottom of an hourglass, where the map is smallest (the paper)
@@ -195,7 +195,7 @@ class NonLocal(nn.Module):
 
 
 ATTENTION = {
-    None: {},
+    None: {},  # the identity
     "ECA": {"eca": ECA},
     "CBAM": {"mlp": ChannelMLP, "spatial": SpatialAttention},  # PAPER Table 3, row 5
     "ECA-CBAM": {"eca": ECA, "spatial": SpatialAttention},  # PAPER §3.3
@@ -273,7 +273,7 @@ class Hourglass(nn.Module):
         self.levels = nn.ModuleList()  # [0] is the deepest
         for _ in range(depth):
             self.levels.append(nn.ModuleDict({
-                "skip": Block(C, C, config.soft_gate),  # beside the smaller resolutions
+                "skip": Block(C, C, config.soft_gate),  # before the pooling
                 "down": Block(C, C, config.soft_gate),  # after the pooling
                 "up": Block(C, C, config.soft_gate)}))  # before the upsampling
         self.bottom = Block(C, C, config.soft_gate)
@@ -425,7 +425,7 @@ def decode(heatmaps, quarter_offset=True):
     x = peak % w
     y = peak // w
 
-    def higher(step):  # 1: the pixel `step` after the peak is higher than that before it; -1; 0
+    def higher(step):  # 1, 0 or -1: is the pixel after the peak higher than the one before?
         after = flat.gather(2, (peak + step).clamp(max=h * w - 1))
         before = flat.gather(2, (peak - step).clamp(min=0))
         return (after - before).sign()
@@ -475,8 +475,8 @@ WEIGHTS = {
 def weights_path(weights):
     """A file of weights: `weights` itself, or the authors' file if it is a name in WEIGHTS.
 
-    The authors' file is fetched once, into torch.hub's folder. A name goes before a file of that
-    name, which is then ./mpii. InputError if the file can't be fetched or is another one."""
+    The authors' file is fetched once, into torch.hub's folder. A file of one's own that is called
+    mpii is given as ./mpii. InputError if the file can't be fetched or is another one."""
     if str(weights) not in WEIGHTS:
         return Path(weights)
     name, expected = WEIGHTS[str(weights)]
@@ -523,7 +523,7 @@ def load_file(path):
     """What torch.save wrote to a file, on the CPU: tensors and plain types.
 
     Nothing else is ever unpickled, since that can run any code: other things are replaced by Inert.
-    InputError if the file is missing, damaged or holds something dangerous."""
+    InputError if the file is missing or damaged, or holds what torch refuses even so."""
     with reading(path, "a file of tensors that torch.save wrote, the whole of it"):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -598,8 +598,8 @@ def dictionaries(item, seen):
 def find_weights(content, path):
     """The network's tensors in a file's content, wherever they lie: {our name: tensor}.
 
-    The first dictionary with the tensors of a LAPX is taken. What the tool thop adds to a model
-    (total_ops, total_params) is left out, and told. InputError if there is no such dictionary."""
+    The first dictionary with the tensors of a LAPX is taken; InputError if there is none. What the
+    tool thop adds to a model (total_ops, total_params) is left out, which is printed."""
     with reading(path, "the weights of a LAPX network"):
         for found in dictionaries(content, set()):
             tensors = {our_name(name, tensor.ndim): tensor for name, tensor in found.items()
@@ -627,16 +627,19 @@ def check_finite(model, path):
 def infer_config(tensors):
     """The LAPXConfig that tensors under our names belong to, from names and shapes alone; but for
     gamma_target, which leaves no trace in them and is the default."""
-    def kind(prefix):
+    def kind_at(prefix):
         parts = {name[len(prefix):].split(".")[0] for name in tensors if name.startswith(prefix)}
-        return next(kind for kind, known in ATTENTION.items() if set(known) == parts)
+        for kind, known in ATTENTION.items():
+            if set(known) == parts:
+                return kind
+        raise ValueError(f"there is no attention of {sorted(parts)}")
 
     num_joints, channels, _, _ = tensors["stages.0.head.weight"].shape
     stages = sum(bool(re.fullmatch(r"stages\.\d+\.head\.weight", name)) for name in tensors)
     return LAPXConfig(
         num_joints, stages, channels, "stages.0.hourglass.bottom.alpha" in tensors,
-        kind("stem.attention."), kind("stages.0.attention."),
-        tuple(kind(f"stages.{stage}.hourglass.neck.") for stage in range(stages)))
+        kind_at("stem.attention."), kind_at("stages.0.attention."),
+        tuple(kind_at(f"stages.{stage}.hourglass.neck.") for stage in range(stages)))
 
 
 def variant_name(config):
@@ -739,9 +742,9 @@ def count(config, height, width):
 
 
 # What PAPER Tables 1 to 3 print: variant, input (H, W), joints, 10^6 parameters, 10^9 FLOPs.
-PAPER = [("lapx", 256, 256, 16, "2.30", "3.45"), ("lapx", 256, 192, 17, "2.30", "2.59"),
-         ("lapx", 384, 288, 17, "2.30", "5.82"), ("lap", 256, 256, 16, "2.34", "3.70")]
-PAPER += [(f"row{row}", 256, 256, 16, millions, "") for row, millions in enumerate(
+PRINTED = [("lapx", 256, 256, 16, "2.30", "3.45"), ("lapx", 256, 192, 17, "2.30", "2.59"),
+           ("lapx", 384, 288, 17, "2.30", "5.82"), ("lap", 256, 256, 16, "2.34", "3.70")]
+PRINTED += [(f"row{row}", 256, 256, 16, millions, "") for row, millions in enumerate(
     "2.30 2.26 2.25 2.23 2.28 2.26 2.26 2.26 2.26 2.26 2.30 2.30 2.30 2.30".split(), start=1)]
 
 
@@ -751,7 +754,7 @@ def main():
         "thop: counted as the paper's tool counts; paper: printed in the paper.").parse_args()
     print(f"{'variant, input, joints':22}|  S   C |{'parameters':^23}|{'10^9':^26}\n"
           f"{'':22}|        |    true    thop paper | multiply-adds  thop paper")
-    for name, height, width, joints, millions, gigaflops in PAPER:
+    for name, height, width, joints, millions, gigaflops in PRINTED:
         config = replace(VARIANTS[name], num_joints=joints)
         cost = count(config, height, width)
         print(f"{name:7}{height:5}x{width}{joints:5}  |{config.stages:3}{config.channels:4} |"

@@ -32,8 +32,8 @@ import evaluate
 from data import DATASETS, PoseDataset, gaussian_targets, normalise, plural
 from lapx import SKELETONS, VARIANTS, InputError, lapx, load_file, load_fitting, reading
 
-# Four words: config, the network's shape; info, what belongs to its weights (evaluate.model_info);
-# recipe, all that decides a run's weights; facts, the machine that it runs on.
+# Four words: config, the network's shape; info, its joints, input size and the like, see
+# evaluate.model_info; recipe, all that decides a run's weights; facts, the machine it runs on.
 #
 # The defaults of the flags. PAPER, training details: Adam, batches of 32, learning rates and their
 # milestones.
@@ -54,12 +54,12 @@ RECIPES = {
 # ---------------------------------------------------------------------------- schedules and loss
 
 def learning_rate(epoch, lr, factor, milestones):
-    """The learning rate of an epoch, counted from 0: milestone 105 is first felt by the 106th."""
+    """The learning rate of an epoch. Epochs count from 0: milestone 105 acts from epoch 105 on."""
     return lr * factor ** sum(epoch >= milestone for milestone in milestones)
 
 
 def gamma_at(epochs, warmup, ramp, target):
-    """The gamma that the schedule wants after some epochs, a fraction included. PAPER §3.3.
+    """The gamma that the schedule wants after so many epochs (10.5: amid the 11th). PAPER §3.3.
 
     0 during `warmup` epochs, then rising linearly to target over `ramp` epochs, then None: learnt.
     """
@@ -69,8 +69,8 @@ def gamma_at(epochs, warmup, ramp, target):
 
 
 def schedule_gamma(model, optimiser, value):
-    """Sets every gamma to value, what gamma_at says for this step, and the first free one to
-    gamma_target. -> the parameters that stay as they are in this step."""
+    """Sets every gamma to value, what gamma_at says for this step; where that is None for the first
+    time, to gamma_target. -> the parameters that stay as they are in this step."""
     # PAPER SILENT: what "frozen" means. The Non-Local modules get no gradient and have no state in
     # Adam, as if they were not there yet (the authors' code leaves them out). From the first step
     # in which gamma rises their weights learn; gamma itself is set until the ramp ends.
@@ -158,7 +158,8 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
 
 # ---------------------------------------------------------------------------- recipe and checkpoint
 
-CHANGEABLE = ("data", "lr", "precision")  # of a resumed run; the cures for a loss that diverges
+# What a resumed run may change: the folder may move, and the others cure a loss that diverges.
+CHANGEABLE = ("data", "lr", "precision")
 
 
 def default_recipe(dataset):
@@ -230,7 +231,7 @@ def restore(path, model, optimiser):
         for row in history:
             if set(row) != set(history[0]):
                 raise ValueError("its rows differ")
-            [float(value) for name, value in row.items() if name != "precision"]
+            [float(value) for name, value in row.items() if name != "precision"]  # or fails
     return history
 
 
@@ -291,7 +292,7 @@ def main():
         augmentation = None
         print(f"overfitting {plural(len(people), 'person')}, unaugmented")
     else:
-        people.truth = None  # only the others are scored
+        people.truth = None  # not scored: saves memory
         valid = data.load_people(recipe.dataset, root, recipe.splits[1], size, skeleton)
     batch_size = min(recipe.batch_size, len(people)) // world * world
     if not batch_size:
@@ -300,7 +301,7 @@ def main():
     if batch_size != recipe.batch_size:
         print(f"batches of {batch_size}: there are {plural(len(people), 'person')} and "
               f"{plural(world, 'process', 'es')}")
-    batches = []  # of the epoch under way
+    batches = []  # the loader's; refilled for each epoch
     samples = PoseDataset(people, size, skeleton, augmentation, recipe.seed)
     loader = data.make_loader(samples, batches, args.workers, device.type == "cuda")
 
@@ -326,7 +327,7 @@ def main():
         missing = load_fitting(model, recipe.init)
         print(f"weights from {recipe.init}, but for {', '.join(missing[:12]) or 'none'}"
               f"{', ...' * (len(missing) > 12)}")
-    wrapped = model  # trains; model is saved; network, which has its info, predicts
+    wrapped = model  # wrapped trains, model is saved, network predicts
     if world > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False)
     if recipe.compile:  # on a GPU the step becomes one CUDA graph
@@ -381,10 +382,11 @@ def main():
                **gammas, **metrics, "images_per_second": speed, "waiting": waiting,
                "seconds": time.monotonic() - start, "precision": recipe.precision}
         history.append(row)
+        shown = metrics[best] * (100 if best == "AP" else 1)  # percent
         left = round((recipe.epochs - epoch - 1) * row["seconds"])
         gammas = " ".join(f"{gamma:.3f}" for gamma in gammas.values()) or "-"
         print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
-              f"{metrics[best]:8.2f} {speed:8.1f} {waiting:7.1%} "
+              f"{shown:8.2f} {speed:8.1f} {waiting:7.1%} "
               f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         content = {"info": info, "model": model.state_dict()}
         if not any(row[best] > metrics[best] for row in history):
