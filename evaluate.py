@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 import data
 from data import (DATASETS, PoseDataset, affine, flip_order, normalise, people_in_boxes, plural,
@@ -116,10 +116,7 @@ def object_keypoint_similarity(found, truth, area, box, sigmas):
         difference = found[:, labelled] - truth[labelled, :2]  # (D,L,2), L labelled joints
         sigmas = sigmas[labelled]
     else:  # the distance of all joints to the box made 3 times as wide and high (pycocotools)
-        corner = box[:2]
-        extent = box[2:]
-        difference = (np.maximum(0, corner - extent - found)
-                      + np.maximum(0, found - corner - 2 * extent))
+        difference = found - np.clip(found, box[:2] - box[2:], box[:2] + 2 * box[2:])
     squared = difference[..., 0] ** 2 + difference[..., 1] ** 2  # (D,L)
     exponent = squared / (2 * sigmas) ** 2 / (area + np.spacing(1)) / 2
     # contiguous: sums in pycocotools' order; the last bit can change a match
@@ -133,22 +130,14 @@ def match(similarity, ignored, crowd, threshold):
     ignored: a crowd, a person without labelled joints or of another size. A detection takes the
     most similar person that is still free (of equals the later one, as in pycocotools), an ignored
     one only if no other is similar enough. A crowd is never used up."""
-    order = sorted(range(len(ignored)), key=lambda person: ignored[person])  # ignored ones last
     taken = set()
     matches = []
     for row in similarity:
-        best = -1
-        least = min(threshold, 1 - 1e-10)
-        for person in order:
-            if person in taken and not crowd[person]:
-                continue
-            if best >= 0 and ignored[person] and not ignored[best]:
-                break
-            if row[person] >= least:
-                best = person
-                least = row[person]
-        if best >= 0:
-            taken.add(best)
+        possible = [person for person, value in enumerate(row)
+                    if value >= threshold and (crowd[person] or person not in taken)]
+        best = max(possible, default=-1, key=lambda person: (not ignored[person], row[person],
+                                                             person))
+        taken.add(best)
         matches.append(best)
     return matches
 
@@ -199,6 +188,9 @@ def coco_ap(file, entries, path, sigmas):
         raise InputError(f"the results name {plural(len(unknown), 'picture')} that {file.path} "
                          f"does not have (first: {unknown[0]:.0f}); are both of the same split?")
     order = np.lexsort((-results["score"], results["image_id"]))  # by picture, then best first
+    _, start, picture = np.unique(results["image_id"][order], return_index=True,
+                                  return_inverse=True)
+    order = order[np.arange(len(order)) - start[picture] < MAX_DETECTIONS]
     results = {name: column[order] for name, column in results.items()}
     # of annotations with one id the last replaces the others (pycocotools)
     last = {id: row for row, id in enumerate(file.persons["id"])}
@@ -206,11 +198,9 @@ def coco_ap(file, entries, path, sigmas):
     persons = {name: column[rows] for name, column in file.persons.items()}
     crowd = persons["iscrowd"] > 0
 
-    considered = np.zeros(len(order), bool)  # the best MAX_DETECTIONS of each picture
     pictures = []  # in which somebody may be found
     for image in np.unique(results["image_id"]):
-        detections = np.flatnonzero(results["image_id"] == image)[:MAX_DETECTIONS]  # (D,)
-        considered[detections] = True
+        detections = np.flatnonzero(results["image_id"] == image)  # (D,)
         people = np.flatnonzero(persons["image_id"] == image)  # (G,)
         similarity = [object_keypoint_similarity(
             results["keypoints"][detections, :, :2], persons["keypoints"][row],
@@ -218,8 +208,7 @@ def coco_ap(file, entries, path, sigmas):
         if np.max(similarity, initial=0) >= THRESHOLDS[0]:
             pictures.append((detections, people, np.transpose(similarity).tolist()))  # (D,G)
 
-    precisions = []
-    recalls = []
+    curves = []
     for low, high in AREAS:
         ignored = crowd | (persons["num_keypoints"] == 0)
         ignored |= (persons["area"] < low) | (persons["area"] > high)
@@ -232,15 +221,13 @@ def coco_ap(file, entries, path, sigmas):
         # id of 0 is no match
         hit = np.append(persons["id"], 0)[found] != 0  # (T,D)
         outside = (results["area"] < low) | (results["area"] > high)
-        left_out = np.append(ignored, False)[found] | (~hit & outside) | ~considered
+        left_out = np.append(ignored, False)[found] | (~hit & outside)
         # train.py --overfit leaves out images
         total = np.count_nonzero(~ignored & np.isin(persons["image_id"], file.images["id"]))
-        precision, recall = precision_and_recall(results["score"], hit, left_out, total)
-        precisions.append(precision)
-        recalls.append(recall)
+        curves.append(precision_and_recall(results["score"], hit, left_out, total))
 
     values = []
-    for of_all, of_medium, of_large in (precisions, recalls):
+    for of_all, of_medium, of_large in zip(*curves):  # first the precisions, then the recalls
         values += [of_all, of_all[0], of_all[5], of_medium, of_large]  # [0]: OKS 0.5, [5]: 0.75
     return {name: float(np.mean(value)) for name, value in zip(COCO_METRICS, values)}
 
@@ -547,13 +534,12 @@ def evaluate_pictures(args, network):
                          "without the pictures, and give two of one name one by one")
     detected = {path: (args.box, None) for path in paths}
     if args.boxes != "gt":
-        found, boxes, scores = data.read_detections(
-            args.boxes, {int(path.stem): path for path in paths if path.stem.isdigit()},
-            {path.name: path for path in paths})
-        rows = {path: [] for path in paths}
-        for row, path in enumerate(found):
-            rows[path].append(row)
-        detected = {path: (boxes[rows[path]], scores[rows[path]]) for path in paths}
+        by_id = {int(path.stem): row for row, path in enumerate(paths) if path.stem.isdigit()}
+        by_name = {path.name: row for row, path in enumerate(paths)}
+        found, boxes, scores = data.read_detections(args.boxes, by_id, by_name)
+        for row, path in enumerate(paths):
+            here = np.equal(found, row)
+            detected[path] = (boxes[here], scores[here])
     failed = 0
     for path in paths:
         try:
@@ -597,7 +583,7 @@ def draw_heatmaps(network, picture, person):
     """A sheet of all stages' heatmaps over the crop, eight joints a row, the peaks marked."""
     crops, _ = crop_of(network, picture, person["box"])
     zoom = 192 / network.size[1]
-    seen = Image.fromarray(crops[0].numpy()).resize((192, round(zoom * network.size[0])))
+    seen = ImageOps.scale(Image.fromarray(crops[0].numpy()), zoom)
     blank = Image.new("RGB", seen.size, "white")
     tiles = []
     for number, heatmaps in enumerate(network(crops), start=1):
@@ -613,36 +599,35 @@ def draw_heatmaps(network, picture, person):
     return data.grid(tiles, columns=8)
 
 
+@torch.no_grad()
 def draw_attention(network, picture, person, joint):
     """Where the Non-Local modules look from the cell that a joint lies in, one tile a stage."""
     crops, matrix = crop_of(network, picture, person["box"])
     zoom = max(1, round(384 / network.size[1]))
-    seen = Image.fromarray(crops[0].numpy())
-    seen = seen.resize((zoom * seen.width, zoom * seen.height))
+    seen = ImageOps.scale(Image.fromarray(crops[0].numpy()), zoom)
     place = zoom * transform(np.array([person["joints"][joint][:2]]), matrix)[0]  # x, y in `seen`
+    modules = network.forward.non_locals()
+    features = []  # what each of them takes in, (1,C,h,w)
+    hooks = [module.register_forward_pre_hook(lambda module, inputs: features.extend(inputs))
+             for module in modules.values()]
+    network(crops)
+    for hook in hooks:
+        hook.remove()
     tiles = []
-
-    def draw(number, module, inputs, output):  # a forward hook
-        h, w = inputs[0].shape[2:]
+    for (stage, module), x in zip(modules.items(), features):
+        h, w = x.shape[2:]
         cell = np.divide(seen.size, (w, h))
         column, row = np.clip(place // cell, 0, (w - 1, h - 1)).astype(int)
-        looks = module.attention(inputs[0])[0, row * w + column].reshape(h, w).float().cpu().numpy()
+        looks = module.attention(x)[0, row * w + column].reshape(h, w).float().cpu().numpy()
         # at most 0.6, so that the picture shines through
         spread = 0.6 * (looks - looks.min()) / max(np.ptp(looks), 1e-9)
         spread = Image.fromarray(spread).resize(seen.size, Image.Resampling.NEAREST)
-        tile = data.heat(seen, spread, f"stage {number}, gamma {module.gamma.item():.2f}, from the "
+        tile = data.heat(seen, spread, f"stage {stage}, gamma {module.gamma.item():.2f}, from the "
                          f"{joint}'s cell\n{looks.min():.1%} (dark) to {looks.max():.1%} (bright) "
                          "of its attention a cell")
         corner = cell * (column, row)
         ImageDraw.Draw(tile).rectangle((*corner, *corner + cell), outline=data.MIDDLE, width=3)
         tiles.append(tile)
-
-    hooks = [stage.hourglass.neck.non_local.register_forward_hook(partial(draw, number))
-             for number, stage in enumerate(network.forward.stages, start=1)
-             if hasattr(stage.hourglass.neck, "non_local")]
-    network(crops)
-    for hook in hooks:
-        hook.remove()
     return data.grid(tiles, columns=len(tiles))
 
 

