@@ -1,7 +1,5 @@
 """People and their pictures: crops, targets, readers for MPII and COCO, drawings.
 
-    python data.py --dataset mpii --data data/mpii --show samples.png
-
 The protocol is that of SimpleBaseline and HRNet, whose numbers are published.
 Every random choice is a function of (seed, epoch, person), so that a run can be
 repeated and resumed exactly, whatever the number of loader processes.
@@ -179,14 +177,10 @@ def gaussian_targets(joints, visible, size):
     # DIFFERS: occluded joints. The paper masks "invisible" joints; as in the published protocol we
     # mask those that nobody annotated, and learn those that are annotated but occluded.
     weights = visible * on_map
-
-    def profile(length, middle):  # (B,K) -> (B,K,length)
-        distance = torch.arange(length, device=joints.device) - middle[..., None]
-        return torch.exp(-distance ** 2 / (2 * sigma ** 2)) * (distance.abs() <= radius)
-
-    rows = profile(h, centers[..., 1])[..., :, None]  # (B,K,h,1)
-    columns = profile(w, centers[..., 0])[..., None, :]  # (B,K,1,w)
-    return rows * columns * (weights > 0.5)[..., None, None], weights
+    x = torch.arange(w, device=joints.device) - centers[..., 0, None, None]  # (B,K,1,w)
+    y = torch.arange(h, device=joints.device)[:, None] - centers[..., 1, None, None]  # (B,K,h,1)
+    drawn = (x.abs() <= radius) & (y.abs() <= radius) & (weights > 0.5)[..., None, None]
+    return torch.exp(-(x ** 2 + y ** 2) / (2 * sigma ** 2)) * drawn, weights
 
 
 # ---------------------------------------------------------------------------- people and readers
@@ -199,7 +193,7 @@ class People:
     counting references writes to them; an array is not written to."""
 
     source: object  # of the pictures: their folder, the seed of synthetic people, or one picture
-    files: np.ndarray  # (N,) bytes, the picture's file below the folder
+    files: np.ndarray  # (N,) text, the picture's file below the folder
     image_id: np.ndarray  # (N,) int64
     center: np.ndarray  # (N,2) pixels of the picture
     scale: np.ndarray  # (N,) width of the padded box / 200
@@ -220,8 +214,7 @@ class People:
 
     def in_first_pictures(self, count):
         """The People in the first `count` pictures."""
-        _, first = np.unique(self.image_id, return_index=True)
-        pictures = self.image_id[np.sort(first)[:count]]
+        pictures = list(dict.fromkeys(self.image_id.tolist()))[:count]
         people = self.rows(np.isin(self.image_id, pictures))
         if self.truth:  # average precision ignores the persons of other pictures
             kept = np.isin(self.truth.images["id"], pictures)
@@ -235,35 +228,34 @@ class People:
             return self.source
         if isinstance(self.source, int):
             return synthetic_picture(self.source, int(self.image_id[row]))
-        return open_picture(self.source / os.fsdecode(self.files[row]))
+        return open_picture(self.source / self.files[row])
 
 
-def read_columns(path, name, entries, shapes, missing={}, lowest={}):
+def read_columns(path, name, entries, shapes, lowest={}):
     """A list of dictionaries, parsed from a file -> {field: array (N, *shape), float64}.
 
-    shapes: {field: shape of its value}. missing: {field: value where an entry lacks it}. lowest:
-    {field: smallest value}. InputError with the file and the entry, which is a `name`, where a
-    field is absent, has another number of values, or has one that is not a number up to 1e10."""
+    shapes: {field: shape of its value}. lowest: {field: smallest value}. InputError with the file
+    and the entry, which is a `name`, where a field is absent, has another number of values, or has
+    one that is not a number up to 1e10."""
     columns = {}
-    with reading(path, f"a list, of which each {name} has {', '.join(shapes)}") as where:
+    hint = " (--skeleton names joints of one's own)" * ("keypoints" in shapes)
+    with reading(path, f"a list, of which each {name} has {', '.join(shapes)}{hint}") as where:
         for field, shape in shapes.items():
             values = []
-            for number, entry in enumerate(entries):
-                where.entry = f"{name} {number}, counted from 0"
-                value = entry.get(field, missing[field]) if field in missing else entry[field]
+            for row, entry in enumerate(entries):
+                where.entry = f"{name} {row}, counted from 0"
+                value = entry[field]
                 if shape and len(value) != shape[0]:
-                    hint = "; --skeleton names joints of one's own" * (field == "keypoints")
-                    raise ValueError(f"{field} has {len(value)} values, not {shape[0]}{hint}")
+                    raise ValueError(f"{field} has {len(value)} values, not {shape[0]}")
                 values.append(value)
             where.entry = field
             column = np.array(values, np.float64).reshape(len(values), *shape)
             low = lowest.get(field, -1e10)
-            good = ((column >= low) & (column <= 1e10)).reshape(len(values), math.prod(shape))
-            bad = ~good.all(1)  # NaN, too
-            if bad.any():
-                where.entry = f"{name} {bad.argmax()}, counted from 0; {bad.sum()} such"
-                raise ValueError(f"{field} is {column[bad.argmax()].tolist()}, not from {low:g} to "
-                                 "1e10")
+            bad = np.argwhere(~((column >= low) & (column <= 1e10)))  # NaN, too
+            if len(bad):
+                row = bad[0, 0]
+                where.entry = f"{name} {row}, counted from 0"
+                raise ValueError(f"{field} is {column[row].tolist()}, not from {low:g} to 1e10")
             columns[field] = column
     return columns
 
@@ -275,8 +267,7 @@ def read_mat(path, shapes):
 
     arrays = {}
     with reading(path, f"a MATLAB file with {', '.join(shapes)} of one split") as where:
-        with open(path, "rb") as file:
-            content = loadmat(file)
+        content = loadmat(str(path), appendmat=False)
         for key, shape in shapes.items():
             where.entry = key
             arrays[key] = np.array(content[key], np.float64)
@@ -290,7 +281,7 @@ def read_mat(path, shapes):
 PADDING = 1.25  # the boxes of both data sets are enlarged by this
 
 
-def read_mpii(root, split, size=None, skeleton=None):
+def read_mpii(root, split, *unused):
     """The People of MPII's annot/{split}.json. Splits: train, valid, trainval, test (no joints).
 
     Pixels are counted from 1 there, and scale is the body's height / 200, since MPII's reference
@@ -302,14 +293,14 @@ def read_mpii(root, split, size=None, skeleton=None):
     path = find_file(root, "mpii", split, f"annot/{split}.json", f"annotations/mpii_{other}.json")
     entries = read_json(path)
     with reading(path, "a list of persons, each with image"):
-        files = np.array([os.fsencode(entry["image"]) for entry in entries])
-        labelled = "joints" in entries[0] or "joints_vis" in entries[0]  # not so in the test split
+        if not {"joints", "joints_vis"} & set(entries[0]):  # the test split
+            nothing = {"joints": [[0, 0]] * 16, "joints_vis": [0] * 16}
+            entries = [nothing | entry for entry in entries]
+        files = np.array([entry["image"] for entry in entries], str)
     N = len(files)
     persons = read_columns(
         path, "person", entries,
-        {"center": (2,), "scale": (), "joints": (16, 2), "joints_vis": (16,)},
-        missing={} if labelled else {"joints": [[0, 0]] * 16, "joints_vis": [0] * 16},
-        lowest={"scale": 1e-3})
+        {"center": (2,), "scale": (), "joints": (16, 2), "joints_vis": (16,)}, {"scale": 1e-3})
     center = persons["center"]
     scale = persons["scale"]
     boxed = center[:, 0] != -1  # else there is no center
@@ -341,14 +332,13 @@ class CocoFile:
     """COCO's annotation file: I pictures and the M persons in them."""
 
     path: Path
-    folder: Path  # of the pictures
     category: int  # the id of the category "person"
-    files: list  # I names
+    files: np.ndarray  # (I,) text
     images: dict  # of arrays (I,): id, width, height
     persons: dict  # of arrays (M,...): id, image_id, bbox, area, iscrowd, num_keypoints, keypoints
 
 
-def read_coco_file(path, num_joints, folder=None):
+def read_coco_file(path, num_joints):
     """COCO's annotation file -> CocoFile. A test split's has pictures only."""
     K = num_joints
 
@@ -357,19 +347,20 @@ def read_coco_file(path, num_joints, folder=None):
         return item
 
     content = read_json(path, without_outline)
+    unsized = {"width": 1e10, "height": 1e10}  # then no box is clipped
+    crowd = {"iscrowd": 0, "num_keypoints": -1, "keypoints": [0] * 3 * K}  # has no joints
     with reading(path, "a COCO annotation file with images and annotations"):
         categories = [item["id"] for item in content.get("categories", []) if "keypoints" in item]
         category = categories[0] if categories else 1
-        files = [os.fspath(item.get("file_name", "")) for item in content["images"]]  # of text
-        found = [item for item in content.get("annotations", []) if item["category_id"] == category]
-    images = read_columns(path, "picture", content["images"], {"id": (), "width": (), "height": ()},
-                          missing={"width": 1e10, "height": 1e10},  # then no box is clipped
+        files = np.array([item.get("file_name", "") for item in content["images"]], str)
+        images = [unsized | item for item in content["images"]]
+        persons = [crowd | item for item in content.get("annotations", [])
+                   if item["category_id"] == category]
+    images = read_columns(path, "picture", images, {"id": (), "width": (), "height": ()},
                           lowest={"width": 1, "height": 1})
     persons = read_columns(
-        path, "person", found,
-        {"id": (), "image_id": (), "bbox": (4,), "area": (), "iscrowd": (), "num_keypoints": (),
-         "keypoints": (3 * K,)},
-        missing={"iscrowd": 0, "num_keypoints": -1, "keypoints": [0] * 3 * K})  # crowds have none
+        path, "person", persons, {"id": (), "image_id": (), "bbox": (4,), "area": (), "iscrowd": (),
+                                  "num_keypoints": (), "keypoints": (3 * K,)})
     persons["keypoints"] = persons["keypoints"].reshape(-1, K, 3)  # x, y, flag: 0 not labelled
     labelled = (persons["keypoints"][..., 2] > 0).sum(1)
     persons["num_keypoints"] = np.where(persons["num_keypoints"] < 0, labelled,
@@ -378,31 +369,46 @@ def read_coco_file(path, num_joints, folder=None):
     if len(unknown):
         raise InputError(f"{path} has persons in {plural(len(unknown), 'picture')} that it does "
                          f"not list as images (first: image_id {unknown[0]:.0f})")
-    return CocoFile(Path(path), folder, category, files, images, persons)
+    return CocoFile(Path(path), category, files, images, persons)
 
 
-def read_coco_split(root, split, num_joints):
-    """The CocoFile of a split below the data folder, its pictures in images/val2017 or val2017."""
+def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"], boxes="gt"):
+    """The People of COCO's annotations/person_keypoints_{split}.json with a labelled joint; or, of
+    a detector's boxes (a file) in these pictures, without joints, in the file's order.
+
+    size: (height, width) of the crops, whose shape the boxes take. As in HRNet, detected boxes are
+    neither clipped nor shortened."""
     path = find_file(root, "coco", split, f"annotations/person_keypoints_{split}.json",
                      f"annotations/image_info_{split}.json")
+    file = read_coco_file(path, len(skeleton.joints))
+    if boxes == "gt":
+        rows, found, keypoints = annotated_boxes(file)
+        scores = np.ones(len(rows))
+    else:
+        pictures = {key: row for keys in (file.images["id"], file.files)
+                    for row, key in enumerate(keys)}
+        rows, found, scores = read_detections(boxes, pictures, file.category)
+        keypoints = np.zeros((len(rows), len(skeleton.joints), 3))
+        if not rows:
+            raise InputError(f"{boxes} has no box of a person in any of the pictures of {path}")
     name = split.replace("-dev", "")  # test-dev2017's pictures are in test2017
     folder = Path(root) / "images" / name
-    return read_coco_file(path, num_joints, folder if folder.is_dir() else Path(root) / name)
+    return people_in_boxes(
+        found, scores, size, keypoints, truth=file, files=file.files[rows],
+        source=folder if folder.is_dir() else Path(root) / name,
+        image_id=file.images["id"][rows].astype(np.int64))
 
 
-def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"]):
-    """The People of COCO's annotations/person_keypoints_{split}.json with a labelled joint.
-
-    size: (height, width) of the crops, whose shape the boxes take. As in HRNet, an ordinary box
-    loses one pixel of width and height when it is clipped to the picture."""
-    file = read_coco_split(root, split, len(skeleton.joints))
+def annotated_boxes(file):
+    """The n persons of a CocoFile to learn from or to score, in the order of its pictures -> rows
+    of their pictures (n,); boxes (n,4), as in HRNet clipped to the picture, ordinary ones a pixel
+    less wide and high; keypoints (n,K,3)."""
     persons = file.persons
     order = np.argsort(file.images["id"], kind="stable")
     image = order[np.searchsorted(file.images["id"], persons["image_id"], sorter=order)]  # (M,)
     extent = np.column_stack([file.images["width"], file.images["height"]])[image]  # (M,2)
     low = np.maximum(0, persons["bbox"][:, :2])
     high = np.minimum(extent - 1, low + np.maximum(0, persons["bbox"][:, 2:] - 1))
-    boxes = np.column_stack([low, high - low])
     single = persons["iscrowd"] == 0
     labelled = single & persons["keypoints"].any((1, 2))
     sized = (high >= low).all(1) & (high > low).any(1) & (persons["area"] > 0)
@@ -413,40 +419,29 @@ def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"]):
         raise InputError(f"{summary}: nobody is left to learn from or to score")
     if len(rows) < single.sum():
         print(summary)
-    rows = rows[np.argsort(image[rows], kind="stable")]  # in the order of the list of images
-    people = people_in_boxes(boxes[rows], np.ones(len(rows)), size, len(skeleton.joints),
-                             **in_pictures(file, image[rows]))
-    people.joints = persons["keypoints"][rows, :, :2]
-    people.visible = persons["keypoints"][rows, :, 2] > 0
-    return people
+    rows = rows[np.argsort(image[rows], kind="stable")]
+    return image[rows], np.column_stack([low, high - low])[rows], persons["keypoints"][rows]
 
 
-def in_pictures(file, rows):
-    """The fields of People for persons in the pictures `rows` (N,) of a CocoFile."""
-    return dict(source=file.folder, files=np.array([os.fsencode(file.files[row]) for row in rows]),
-                image_id=file.images["id"][rows].astype(np.int64), truth=file)
-
-
-def people_in_boxes(boxes, scores, size, num_joints, **pictures):
-    """Boxes (N,4) as x, y, width, height -> People without joints. pictures: where they are, the
-    fields of People that are missing here.
+def people_in_boxes(boxes, scores, size, keypoints, **pictures):
+    """Boxes (N,4) as x, y, width, height, with keypoints (N,K,3), flag 0 where not labelled ->
+    People. pictures: where they are, the fields of People that are missing here.
 
     A box is widened to the shape of the crop, size (height, width), then padded."""
-    N = len(boxes)
     height, width = size
     widths = np.maximum(boxes[:, 2], boxes[:, 3] * width / height)
     return People(center=boxes[:, :2] + boxes[:, 2:] / 2, scale=widths / 200 * PADDING,
-                  joints=np.zeros((N, num_joints, 2)), visible=np.zeros((N, num_joints), bool),
-                  score=scores, **pictures)
+                  score=scores, joints=keypoints[..., :2], visible=keypoints[..., 2] > 0,
+                  **pictures)
 
 
-def read_detections(path, by_id, by_name, category=1):
+def read_detections(path, known, category=1):
     """A detector's boxes, from a JSON list of {image_id or file_name, bbox [x, y, w, h], score},
     and category_id where there are others than persons.
 
-    by_id, by_name: {image_id: picture}, {file name: picture}, whatever a picture is to the caller.
-    -> the pictures, a list; boxes (N,4); scores (N,). What belongs to none of the pictures, or has
-    no size, is left out; how many is printed."""
+    known: {image_id or file name: picture}, whatever a picture is to the caller. -> the pictures,
+    a list; boxes (N,4); scores (N,). What belongs to none of the pictures, or has no size, is left
+    out; how many is printed."""
     with reading(path, "a list of boxes, each with image_id or file_name") as where:
         entries = [entry for entry in read_json(path)
                    if entry.get("category_id", category) == category]
@@ -455,30 +450,17 @@ def read_detections(path, by_id, by_name, category=1):
             where.entry = f"box {number}, counted from 0"
             if "file_name" in entry:
                 name = entry["file_name"]
-                pictures.append(by_name.get(name, by_name.get(Path(name).name)))
+                pictures.append(known.get(name, known.get(Path(name).name)))
             else:
-                pictures.append(by_id.get(entry["image_id"]))
+                pictures.append(known.get(entry["image_id"]))
     columns = read_columns(path, "box", entries, {"bbox": (4,), "score": ()})
-    known = np.array([picture is not None for picture in pictures], bool)
+    placed = np.array([picture is not None for picture in pictures], bool)
     sized = (columns["bbox"][:, 2:] > 0).all(1)
-    rows = np.flatnonzero(known & sized)
+    rows = np.flatnonzero(placed & sized)
     if len(rows) < len(entries):
-        print(f"{path}: of {plural(len(entries), 'box', 'es')} {np.sum(~known)} of no picture here "
-              f"and {np.sum(known & ~sized)} of no size left out")
+        print(f"{path}: of {plural(len(entries), 'box', 'es')} {np.sum(~placed)} of no picture "
+              f"here and {np.sum(placed & ~sized)} of no size left out")
     return [pictures[row] for row in rows], columns["bbox"][rows], columns["score"][rows]
-
-
-def read_boxes(path, root, split, size, skeleton):
-    """Detected boxes in COCO's pictures of a split -> People without joints, in the file's order.
-
-    As in HRNet, they are neither clipped nor shortened."""
-    file = read_coco_split(root, split, len(skeleton.joints))
-    by_id = {int(image_id): row for row, image_id in enumerate(file.images["id"])}
-    by_name = {name: row for row, name in enumerate(file.files)}
-    rows, boxes, scores = read_detections(path, by_id, by_name, file.category)
-    if not rows:
-        raise InputError(f"{path} has no box of a person in any of the pictures of {file.path}")
-    return people_in_boxes(boxes, scores, size, len(skeleton.joints), **in_pictures(file, rows))
 
 
 def find_file(root, dataset, split, *names):
@@ -493,7 +475,8 @@ def find_file(root, dataset, split, *names):
 
 
 def load_people(dataset, root, split, size, skeleton, boxes="gt"):
-    """The People of a split, or of a detector's boxes in it (a file; COCO only).
+    """The People of a split, or of a detector's boxes in it (a file; COCO only). root: the data
+    set's folder, None for data/DATASET.
 
     Their number is printed, and every picture is looked at: InputError if one is missing or has no
     readable header, before any work starts."""
@@ -503,18 +486,15 @@ def load_people(dataset, root, split, size, skeleton, boxes="gt"):
     if dataset != "coco" and len(skeleton.joints) != 16:
         raise InputError(f"--dataset {dataset} has MPII's 16 joints, not {len(skeleton.joints)}; "
                          "put joints of your own into COCO's layout, for --dataset coco")
-    if boxes != "gt":
-        people = read_boxes(boxes, root, split, size, skeleton)
-    else:
-        people = DATASETS[dataset].read(root, split, size, skeleton)
-    what = plural(len(people), "box", "es") if boxes != "gt" else plural(len(people), "person")
+    people = DATASETS[dataset].read(data_folder(root, dataset), split, size, skeleton, boxes)
     pictures = len(np.unique(people.image_id))
-    print(f"{dataset} {split}: {what} in {plural(pictures, 'picture')}", flush=True)
+    print(f"{dataset} {split}: {plural(len(people), 'person')} in {plural(pictures, 'picture')}",
+          flush=True)
     if dataset == "synthetic":
         return people
 
     def problem(name):
-        path = people.source / os.fsdecode(name)
+        path = people.source / name
         try:
             with reading(path, "a picture"), Image.open(path):
                 return None
@@ -613,7 +593,7 @@ def synthetic_picture(seed, number):
     return picture.reduce(2)
 
 
-def read_synthetic(root, split, size=None, skeleton=None):
+def read_synthetic(root, split, *unused):
     """The People of the synthetic data set; splits train and valid, which share nobody."""
     counts = {"train": 1200, "valid": 200}
     if split not in counts:
@@ -636,7 +616,7 @@ def read_synthetic(root, split, size=None, skeleton=None):
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    read: object  # function (root, split, size, skeleton) -> People
+    read: object  # function (root, split, size, skeleton, boxes) -> People
     skeleton: str
     splits: tuple  # names: to train on, to validate on
     size: tuple  # (height, width) of the network's input
@@ -698,10 +678,9 @@ def heat(picture, heatmap, caption=""):
     """A picture, dimmed, with a heatmap (h,w) of values from 0 to 1 laid over it from black through
     red to white, and a caption."""
     level = Image.fromarray((255 * np.clip(heatmap, 0, 1)).astype(np.uint8)).resize(picture.size)
-    level = np.asarray(level, np.float32)[..., None] / 255
-    glow = 255 * np.clip(3 * level - [0, 1, 2], 0, 1)
-    grey = np.asarray(picture.convert("L"), np.float32)[..., None] * 0.5
-    drawn = Image.fromarray((grey * (1 - level) + glow * level).astype(np.uint8))
+    glow = ImageOps.colorize(level, "black", "white", mid="red")
+    dimmed = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size), 0.5)
+    drawn = Image.composite(glow, dimmed, level)
     ImageDraw.Draw(drawn).text((3, 2), caption, "white", font(size=12), stroke_width=1,
                                stroke_fill="black")
     return drawn
@@ -765,8 +744,8 @@ def read_json(path, object_hook=None):
 
 def write_file(path, content, new=False):
     """Writes bytes, text, or by the file's ending a Pillow picture (.png), arrays (.mat), what
-    torch.save takes (.pt) or plain types (.json), all or nothing: a crash, a full disk or a kill
-    leaves the old file. new: refuses to replace one.
+    torch.save takes (.pt), dictionaries with the same keys (.csv) or plain types (.json), all or
+    nothing: a crash, a full disk or a kill leaves the old file. new: refuses to replace one.
 
     Written beside it, brought to the disk, then renamed. The folder is made if need be."""
     path = Path(path)
@@ -781,6 +760,12 @@ def write_file(path, content, new=False):
         from scipy.io import savemat
 
         savemat(buffer, content)
+    elif path.suffix == ".csv":
+        text = io.StringIO()
+        table = csv.DictWriter(text, content[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(content)
+        buffer.write(text.getvalue().encode())
     else:
         buffer.write((json.dumps(content, indent=1) + "\n").encode())
     part = path.with_name(f".{path.name}.part")
@@ -798,15 +783,6 @@ def write_file(path, content, new=False):
             part.unlink()
         raise InputError(f"{path} can't be written ({error.strerror}); what was there before is "
                          "untouched") from error
-
-
-def write_csv(path, rows):
-    """A list of dictionaries with the same keys to a CSV file."""
-    buffer = io.StringIO()
-    table = csv.DictWriter(buffer, rows[0], lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_file(path, buffer.getvalue())
 
 
 def plural(count, noun, ending="s"):
@@ -914,29 +890,3 @@ def data_folder(given, dataset):
         raise InputError("--data means nothing with synthetic people, who have no files; name a "
                          "--dataset")
     return given or Path("data") / dataset
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Draws a sheet of training samples with their "
-                                     "joints and targets.")
-    add_data_arguments(parser, "synthetic, drawn on the fly", "the data set's own")
-    parser.add_argument("--split", help="default: the training split")
-    parser.add_argument("--show", type=Path, metavar="PNG", required=True,
-                        help="the file to write")
-    parser.add_argument("--seed", type=number_from(0), default=0, help="default: %(default)s")
-    args = parser.parse_args()
-    if args.show.suffix != ".png":
-        parser.error(f"--show {args.show} must end in .png")
-    dataset = args.dataset or "synthetic"
-    known = DATASETS[dataset]
-    size = args.input or known.size
-    skeleton = SKELETONS[args.skeleton or known.skeleton]
-    people = load_people(dataset, data_folder(args.data, dataset), args.split or known.splits[0],
-                         size, skeleton)
-    samples = PoseDataset(people, size, skeleton, known.augmentation, args.seed)
-    write_file(args.show, show_samples(samples, skeleton))
-    print(f"wrote {args.show}")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -425,8 +425,8 @@ def evaluate_dataset(args, network):
     if dataset != "coco" and args.boxes != "gt":
         raise InputError(f"--boxes means nothing with {dataset}, whose boxes are annotated")
     split = args.split or DATASETS[dataset].splits[1]
-    people = data.load_people(dataset, data.data_folder(args.data, dataset), split, network.size,
-                              network.skeleton, args.boxes)
+    people = data.load_people(dataset, args.data, split, network.size, network.skeleton,
+                              args.boxes)
     scored = (people.truth.persons["num_keypoints"] if people.truth else people.visible).any()
     # DIFFERS: boxes of COCO's persons. The paper's numbers are with a detector's boxes, ours are
     # with annotated ones unless --boxes names a file: about 2 AP more. The result line says which.
@@ -482,9 +482,9 @@ PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 def people_in_picture(network, picture, boxes, scores):
     """Boxes (n,4) in a Pillow picture, and their scores (n,) -> People."""
     n = len(boxes)
-    return people_in_boxes(boxes, scores, network.size, len(network.skeleton.joints),
-                           source=picture.convert("RGB"), files=np.zeros(n, "S1"),
-                           image_id=np.zeros(n, int))
+    keypoints = np.zeros((n, len(network.skeleton.joints), 3))
+    return people_in_boxes(boxes, scores, network.size, keypoints, source=picture.convert("RGB"),
+                           files=np.zeros(n, str), image_id=np.zeros(n, int))
 
 
 def predict_picture(network, picture, boxes=None, scores=None, **protocol):
@@ -534,9 +534,9 @@ def evaluate_pictures(args, network):
                          "without the pictures, and give two of one name one by one")
     detected = {path: (args.box, None) for path in paths}
     if args.boxes != "gt":
-        by_id = {int(path.stem): row for row, path in enumerate(paths) if path.stem.isdigit()}
-        by_name = {path.name: row for row, path in enumerate(paths)}
-        found, boxes, scores = data.read_detections(args.boxes, by_id, by_name)
+        known = {int(path.stem): row for row, path in enumerate(paths) if path.stem.isdigit()}
+        known |= {path.name: row for row, path in enumerate(paths)}
+        found, boxes, scores = data.read_detections(args.boxes, known)
         for row, path in enumerate(paths):
             here = np.equal(found, row)
             detected[path] = (boxes[here], scores[here])

@@ -400,7 +400,7 @@ def time_files(args):
     if args.out:
         data.write_file(args.out / "timing.json", {
             "cpu": cpu, "onnxruntime": onnxruntime.__version__, "runs": args.runs, "results": rows})
-        data.write_csv(args.out / "timing.csv", rows)
+        data.write_file(args.out / "timing.csv", rows)
         data.write_file(args.out / "timing.png", draw_timing(rows, cpu))
         print(f"wrote {args.out}/: timing.json, timing.csv, timing.png")
 
@@ -496,8 +496,8 @@ def calibration_images(network, args, count=64):
         crops = [evaluate.crop_of(network, picture, [0, 0, *picture.size])[0][0]
                  for picture in pictures]
     elif dataset:
-        people = data.load_people(dataset, data.data_folder(args.data, dataset),
-                                  DATASETS[dataset].splits[0], network.size, network.skeleton)
+        people = data.load_people(dataset, args.data, DATASETS[dataset].splits[0], network.size,
+                                  network.skeleton)
         rows = np.linspace(0, len(people) - 1, min(count, len(people))).astype(int)
         samples = data.PoseDataset(people, network.size, network.skeleton)
         crops = [samples[row][1] for row in rows]

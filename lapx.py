@@ -57,7 +57,6 @@ section, an equation, a table or a figure: it stands there. `PAPER SILENT`: we h
 
 import argparse
 import hashlib
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -328,7 +327,6 @@ class LAPXConfig:
     """All that decides the network's shape, and the value to which training raises gamma."""
 
     num_joints: int = 16
-    stages: int = 3
     channels: int = 208
     soft_gate: bool = True  # inside the hourglasses
     stem_attention: str | None = "ECA-CBAM"  # at the end of the stem
@@ -338,10 +336,9 @@ class LAPXConfig:
     neck_attention: tuple = ("ECA-NonLocal", "ECA", "ECA-NonLocal")  # one per stage
     gamma_target: float = 0.2
 
-    def __post_init__(self):
-        if len(self.neck_attention) != self.stages:
-            raise InputError(f"{self.stages} stages need {self.stages} entries in neck_attention, "
-                             f"not {self.neck_attention}")
+    @property
+    def stages(self):
+        return len(self.neck_attention)
 
 
 class LAPX(nn.Module):
@@ -379,10 +376,10 @@ def make_variants():
     """Every network of PAPER Table 3 by its row, LAPX (row 12) and its predecessor LAP."""
     row2 = LAPXConfig(soft_gate=False, stem_attention=None, stage_attention=None,
                       neck_attention=(None,) * 3)
-    row1 = replace(row2, stages=2, channels=256, neck_attention=(None,) * 2)
+    row1 = replace(row2, channels=256, neck_attention=(None,) * 2)
     # DIFFERS: channels of row 3. Table 3 prints 190, the text 180; only 180 gives its 2.25 M.
-    row3 = replace(row2, stages=4, channels=180, neck_attention=(None,) * 4)
-    row4 = replace(row2, stages=5, channels=160, neck_attention=(None,) * 5)
+    row3 = replace(row2, channels=180, neck_attention=(None,) * 4)
+    row4 = replace(row2, channels=160, neck_attention=(None,) * 5)
     row5 = replace(row2, stage_attention="CBAM")
     row6 = replace(row2, stage_attention="ECA-CBAM")
     row7 = replace(row2, soft_gate=True)
@@ -485,21 +482,18 @@ def weights_path(weights):
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if path.exists():
         return path
-    part = path.with_name(f".{name}.{os.getpid()}.part")
     print(f"fetching {AUTHORS}{name}, the authors' weights, to {path}", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(AUTHORS + name, str(part))
-        content = part.read_bytes()
+        torch.hub.download_url_to_file(AUTHORS + name, str(path))  # all or nothing
+        content = path.read_bytes()
         found = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # as git does it
         if found != expected:
+            path.unlink()
             raise OSError(f"git's hash of what came is {found}, not {expected}")
-        os.replace(part, path)
     except Exception as error:  # urllib raises classes of its own
         raise InputError(f"the weights {weights!r} can't be fetched ({error}); fetch them by hand: "
                          f"curl -L --create-dirs -o '{path}' {AUTHORS}{name}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 
@@ -509,11 +503,8 @@ class Inert:
     def __init__(self, *arguments):
         pass
 
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
+    __setstate__ = __init__
+    __setitem__ = __init__
 
 
 SAVE = ("of a file that you trust, save the tensors alone: content = torch.load(FILE, "
@@ -584,17 +575,14 @@ def our_name(name, dimensions):
     return re.sub(r"\.(attention|neck)\.conv\.", rf".\1.{part}.conv.", name)
 
 
-def dictionaries(item, seen):
-    """All dictionaries in a file's content, from the outermost on. seen: a set, empty at first."""
-    if id(item) in seen:  # a list can contain itself
-        return
-    seen.add(id(item))
+def dictionaries(item, depth=9):
+    """All dictionaries in a file's content, from the outermost on; a list can be endlessly deep."""
     if isinstance(item, dict):
         yield item
         item = list(item.values())
-    if isinstance(item, (list, tuple)):
+    if isinstance(item, (list, tuple)) and depth > 0:
         for part in item:
-            yield from dictionaries(part, seen)
+            yield from dictionaries(part, depth - 1)
 
 
 def find_weights(content, path):
@@ -603,7 +591,7 @@ def find_weights(content, path):
     The first dictionary with the tensors of a LAPX is taken; InputError if there is none. What the
     tool thop adds to a model (total_ops, total_params) is left out, which is printed."""
     with reading(path, "the weights of a LAPX network"):
-        for found in dictionaries(content, set()):
+        for found in dictionaries(content):
             tensors = {our_name(name, tensor.ndim): tensor for name, tensor in found.items()
                        if isinstance(name, str) and isinstance(tensor, torch.Tensor)}
             if "stages.0.head.weight" in tensors:
@@ -639,17 +627,15 @@ def infer_config(tensors):
     num_joints, channels, _, _ = tensors["stages.0.head.weight"].shape
     stages = sum(bool(re.fullmatch(r"stages\.\d+\.head\.weight", name)) for name in tensors)
     return LAPXConfig(
-        num_joints, stages, channels, "stages.0.hourglass.bottom.alpha" in tensors,
+        num_joints, channels, "stages.0.hourglass.bottom.alpha" in tensors,
         kind_at("stem.attention."), kind_at("stages.0.attention."),
         tuple(kind_at(f"stages.{stage}.hourglass.neck.") for stage in range(stages)))
 
 
 def variant_name(config):
     """The name in VARIANTS of a configuration, whatever its joints; "custom" if it has none."""
-    for name, known in VARIANTS.items():
-        if replace(known, num_joints=config.num_joints) == config:
-            return name
-    return "custom"
+    return next((name for name, known in VARIANTS.items()
+                 if replace(known, num_joints=config.num_joints) == config), "custom")
 
 
 def from_checkpoint(content, path):
@@ -761,12 +747,8 @@ def main():
         cost = count(config, height, width)
         print(f"{name:7}{height:5}x{width}{joints:5}  |{config.stages:3}{config.channels:4} |"
               f"{cost.parameters:8}{cost.thop_parameters:8}{millions:>6} |"
-              f"{cost.multiply_adds / 1e9:14.4f}{cost.thop_flops / 1e9:6.2f}{gigaflops:>6}",
-              flush=True)
+              f"{cost.multiply_adds / 1e9:14.4f}{cost.thop_flops / 1e9:6.2f}{gigaflops:>6}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader of the table, head or less, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    main()

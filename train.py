@@ -1,8 +1,9 @@
 """Trains LAPX by the paper's recipe, and scores it after every epoch.
 
-  python train.py                                 # synthetic people, on a CPU
+  python train.py                                        # synthetic people, on a CPU
   python train.py --dataset mpii --data data/mpii       # the paper's 200 epochs
   python train.py --dataset coco --data data/coco
+  python train.py --dataset mpii --show samples.png      # what it would learn
   python train.py --dataset mpii --resume auto           # goes on with a run
   torchrun --nproc_per_node=4 train.py --dataset mpii    # 4 GPUs, same batch
 
@@ -11,7 +12,6 @@ epoch's network), at the end curve.png and predictions.png."""
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -89,11 +89,8 @@ def heatmap_loss(outputs, targets, weights):
 
     outputs: S heatmaps (B,K,h,w); targets (B,K,h,w); weights (B,K), 0 for joints to leave out."""
     # PAPER SILENT: norm in the loss. We sum squared differences over the pixels of a map.
-    loss = 0
-    for heatmaps in outputs:
-        squared = ((heatmaps.float() - targets) ** 2).sum((2, 3))  # (B,K)
-        loss = loss + (weights * squared).sum(1) / (2 * weights.shape[1])  # (B,)
-    return loss.mean() / len(outputs)
+    squared = ((torch.stack(outputs).float() - targets) ** 2).sum((3, 4))  # (S,B,K)
+    return (weights * squared).mean() / 2
 
 
 # ---------------------------------------------------------------------------- one epoch
@@ -228,10 +225,8 @@ def restore(path, model, optimiser):
                 raise ValueError("its shapes are not the parameters'")
         where.entry = "history"
         history = saved["history"]
-        for row in history:
-            if set(row) != set(history[0]):
-                raise ValueError("its rows differ")
-            [float(value) for name, value in row.items() if name != "precision"]  # or fails
+        names = {"epoch"}.union(*history) - {"precision"}
+        [[float(row[name]) for name in names] for row in history]  # all there, all numbers
     return history
 
 
@@ -260,7 +255,7 @@ def main():
     resumed = args.resume and (args.resume != "auto" or (out / "recipe.json").exists())
     if resumed:
         recipe = read_recipe(out / "recipe.json", given)
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(out.iterdir()) and not args.show:
         raise InputError(f"{out} is not empty: --resume auto goes on with the run in it, --out DIR "
                          "starts another one elsewhere")
     else:
@@ -285,15 +280,14 @@ def main():
     skeleton = SKELETONS[recipe.skeleton]
     size = tuple(recipe.input)
     augmentation = (recipe.scale, recipe.rotation)
-    root = data.data_folder(recipe.data, recipe.dataset)
-    people = data.load_people(recipe.dataset, root, recipe.splits[0], size, skeleton)
+    people = data.load_people(recipe.dataset, recipe.data, recipe.splits[0], size, skeleton)
     if recipe.overfit:  # the same pictures to train and to score, exactly as they are
         people = valid = people.in_first_pictures(recipe.overfit)
         augmentation = None
         print(f"overfitting {plural(len(people), 'person')}, unaugmented")
     else:
         people.truth = None  # not scored: saves memory
-        valid = data.load_people(recipe.dataset, root, recipe.splits[1], size, skeleton)
+        valid = data.load_people(recipe.dataset, recipe.data, recipe.splits[1], size, skeleton)
     batch_size = min(recipe.batch_size, len(people)) // world * world
     if not batch_size:
         raise InputError(f"{plural(len(people), 'person')} in batches of {recipe.batch_size} are "
@@ -303,6 +297,12 @@ def main():
               f"{plural(world, 'process', 'es')}")
     batches = []  # the loader's; refilled for each epoch
     samples = PoseDataset(people, size, skeleton, augmentation, recipe.seed)
+    if args.show:
+        if args.show.suffix != ".png":
+            raise InputError(f"--show {args.show} must end in .png")
+        data.write_file(args.show, data.show_samples(samples, skeleton))
+        print(f"wrote {args.show}")
+        return
     loader = data.make_loader(samples, batches, args.workers, device.type == "cuda")
 
     # network
@@ -355,15 +355,8 @@ def main():
                                      workers=args.workers)
         return keypoints, evaluate.score(keypoints, valid, network)
 
-    def stop(number, frame):  # Ctrl-C or SIGTERM, which reach loader processes, too
-        if rank == 0 and multiprocessing.parent_process() is None:
-            text = (f"stopped after epoch {len(history)} of {recipe.epochs}; go on with: python "
-                    f"train.py --resume auto --out {out}\n")
-            os.write(1, text.encode())
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, as SIGTERM does
+    print(f"if it is stopped, go on with: python train.py --resume auto --out {out}")
     best = "AP" if recipe.dataset == "coco" else "Mean"  # is highest in the best epoch
     print(f"{'epoch':>8} {'lr':>8} {'gamma':>11} {'loss':>9} {best:>8} {'images/s':>8} "
           f"{'waiting':>7} {'time left':>10}", flush=True)
@@ -390,7 +383,7 @@ def main():
         content = {"info": info, "model": model.state_dict()}
         if not any(row[best] > metrics[best] for row in history):
             data.write_file(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
-        data.write_csv(out / "log.csv", history)
+        data.write_file(out / "log.csv", history)
         content |= {"history": history, "optimiser": optimiser.state_dict()}
         data.write_file(out / "last.pt", content)
     if world > 1:
@@ -469,6 +462,7 @@ def parse():
         "coco-384x288), wherever the shapes fit; gamma starts anew")
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, metavar="DIR", help="default: runs/DATASET")
+    add("--show", type=Path, metavar="PNG", help="only draw a sheet of samples with their targets")
     add("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the one in --out, "
         "if there is one")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
