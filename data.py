@@ -512,13 +512,13 @@ def load_people(dataset, root, split, size, skeleton, boxes="gt"):
 
 # ---------------------------------------------------------------------------- synthetic people
 
-LEGS = {-1: (2, 1, 0), 1: (3, 4, 5)}  # hip, knee, ankle on the person's right, and on the left
-ARMS = {-1: (12, 11, 10), 1: (13, 14, 15)}  # shoulder, elbow, wrist
+# hip, knee, ankle, shoulder, elbow, wrist on the person's right, and on the left
+SIDES = {-1: (2, 1, 0, 12, 11, 10), 1: (3, 4, 5, 13, 14, 15)}
 
 
 def synthetic_pose(seed, number):
     """A figure that faces us: its joints (16,2) in pixels of its picture, in MPII's order; the
-    length of its head; the picture's size (width, height). About one in eight is partly outside."""
+    length of its head; the picture's size (width, height). About one in four is partly outside."""
     rng = np.random.default_rng((seed, number))
 
     # In head lengths, around the pelvis. Angles are in radians from straight down; the person's
@@ -530,31 +530,27 @@ def synthetic_pose(seed, number):
     across = rng.uniform(0.6, 1) * np.array([math.cos(lean), -math.sin(lean)])
     joints = np.zeros((16, 2))  # the pelvis, 6, stays at (0, 0)
     joints[7] = -step(lean, 2.4)
-    joints[8] = joints[7] - step(lean, 0.4)
-    joints[9] = joints[8] - step(lean + rng.normal(0, 0.2), 1)
-    for side in (-1, 1):
-        hip, knee, ankle = LEGS[side]
-        shoulder, elbow, wrist = ARMS[side]
+    joints[8] = -step(lean, 2.8)
+    joints[9] = -step(lean, 3.8)
+    for side, (hip, knee, ankle, shoulder, elbow, wrist) in SIDES.items():
         thigh = lean + side * rng.uniform(-0.2, 0.8)
         arm = lean + side * rng.uniform(-0.2, 2.8)
         joints[hip] = side * 0.5 * across
-        joints[knee] = joints[hip] + step(thigh, 1.8 * rng.uniform(0.6, 1))
+        joints[knee] = joints[hip] + step(thigh, 1.6)
         joints[ankle] = joints[knee] + step(thigh - side * rng.uniform(-0.1, 0.9), 1.6)
         joints[shoulder] = joints[7] + side * 0.85 * across
-        joints[elbow] = joints[shoulder] + step(arm, 1.4 * rng.uniform(0.75, 1))
+        joints[elbow] = joints[shoulder] + step(arm, 1.3)
         joints[wrist] = joints[elbow] + step(arm + side * rng.uniform(-1, 2), 1.1)
 
     size = rng.integers(160, 321, 2)
     extent = np.ptp(joints, axis=0)
-    head = rng.uniform(0.5, 0.95) * (size / extent).min()
-    if rng.random() < 0.25:
-        head *= rng.uniform(1, 1.6)
+    head = rng.uniform(0.5, 1.1) * (size / extent).min()
     corner = rng.uniform(0, 1, 2) * (size - head * extent)
     return corner + head * (joints - joints.min(0)), head, size
 
 
 def synthetic_picture(seed, number):
-    """The figure's picture: in clothes of any colour, before clutter and now and then behind it."""
+    """The figure's picture: in any colours, before rectangles."""
     joints, head, size = synthetic_pose(seed, number)
     rng = np.random.default_rng((seed, number, 1))
 
@@ -564,10 +560,8 @@ def synthetic_picture(seed, number):
     # drawn at twice its size and averaged down, as Pillow's lines have hard edges
     picture = Image.new("RGB", tuple((2 * size).tolist()), colour())
     draw = ImageDraw.Draw(picture)
-
-    def clutter(count, largest):  # rectangles of up to so many head lengths
-        for corner in 2 * rng.uniform(0, 1, (count, 2)) * size:
-            draw.rectangle((*corner, *corner + 2 * head * rng.uniform(0.3, largest, 2)), colour())
+    for corner in 2 * rng.uniform(0, 1, (10, 2)) * size:
+        draw.rectangle((*corner, *corner + 2 * head * rng.uniform(0.3, 4, 2)), colour())
 
     def limb(points, thickness, fill):
         points = [tuple(2 * point + 0.5) for point in points]
@@ -575,21 +569,16 @@ def synthetic_picture(seed, number):
         for point in points:
             draw.circle(point, thickness * head, fill)
 
-    clutter(rng.integers(5, 12), 4)
-    skin = tuple((rng.uniform(0.35, 1) * np.array([255, 214, 180])).astype(int).tolist())
+    skin = colour()
     shirt = colour()
     trousers = colour()
-    sleeve = shirt if rng.random() < 0.5 else skin
     draw.polygon([tuple(2 * joints[index]) for index in (12, 13, 3, 2)], shirt)
     limb(joints[[12, 13]], 0.3, shirt)
     limb(joints[[8, 7]], 0.2, skin)
     limb([(joints[8] + joints[9]) / 2], 0.9, skin)
-    for side in (-1, 1):
-        limb(joints[list(LEGS[side])], 0.3, trousers)
-        limb(joints[list(ARMS[side])], 0.24, sleeve)
-        limb(joints[[ARMS[side][2]]], 0.26, skin)
-    if rng.random() < 0.4:
-        clutter(rng.integers(1, 3), 1.6)  # in front
+    for hip, knee, ankle, shoulder, elbow, wrist in SIDES.values():
+        limb(joints[[hip, knee, ankle]], 0.3, trousers)
+        limb(joints[[shoulder, elbow, wrist]], 0.24, skin)
     return picture.reduce(2)
 
 
