@@ -420,12 +420,13 @@ def draw_curve(history, score):
         curves = np.nan_to_num([[row[name] for row in history] for name in names])
         place = data.draw_axes(draw, (70, 240 * number + 30, 700, 240 * number + 190), epochs,
                                [*curves.flat, 0], "epoch", title)
-        for name, curve, colour in zip(names, curves, (data.RIGHT, data.LEFT)):
+        for index, (name, curve) in enumerate(zip(names, curves)):
+            colour = (data.RIGHT, data.LEFT)[index]
             points = [place(x, y) for x, y in zip(epochs, curve)]
             draw.line(points, colour, 2)
             for point in points:
                 draw.circle(point, 2, colour)
-            draw.text(points[-1], name, colour, data.font(size=14), "rs")
+            draw.text((700 - 80 * index, 240 * number + 24), name, colour, data.font(size=14), "rs")
     return picture
 
 
