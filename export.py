@@ -176,17 +176,14 @@ def to_onnx(module, size, outputs, batch=None):
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module, (torch.zeros(batch or 2, 3, *size),),  # an open batch must not be 1 here
-            dynamo=True, optimize=True, opset_version=OPSET, input_names=["images"],
-            output_names=outputs, dynamic_shapes=shapes, verbose=False, external_data=False)
+            dynamo=True, opset_version=OPSET, input_names=["images"], output_names=outputs,
+            dynamic_shapes=shapes, verbose=False, external_data=False)
     model = program.model_proto
     for node in model.graph.node:  # drops the exporter's notes, paths of source files among them
         del node.metadata_props[:]
         node.doc_string = ""
     del model.graph.metadata_props[:]
     del model.graph.value_info[:]
-    if batch is None:  # torch 2.6 names some of these wrongly
-        for item in [*model.graph.input, *model.graph.output]:
-            item.type.tensor_type.shape.dim[0].dim_param = "batch"
     return model
 
 

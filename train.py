@@ -1,6 +1,6 @@
 """Trains LAPX by the paper's recipe, and scores it after every epoch.
 
-  python train.py                                        # synthetic people, on a CPU
+  python train.py                                        # synthetic people
   python train.py --dataset mpii --data data/mpii       # the paper's 200 epochs
   python train.py --dataset coco --data data/coco
   python train.py --dataset mpii --show samples.png      # what it would learn
