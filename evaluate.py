@@ -133,10 +133,9 @@ def match(similarity, ignored, crowd, threshold):
     taken = set()
     matches = []
     for row in similarity:
-        possible = [person for person, value in enumerate(row)
+        possible = [(not ignored[person], value, person) for person, value in enumerate(row)
                     if value >= threshold and (crowd[person] or person not in taken)]
-        best = max(possible, default=-1, key=lambda person: (not ignored[person], row[person],
-                                                             person))
+        best = max(possible)[2] if possible else -1
         taken.add(best)
         matches.append(best)
     return matches
