@@ -389,8 +389,6 @@ def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"], boxes="g
                     for row, key in enumerate(keys)}
         rows, found, scores = read_detections(boxes, pictures, file.category)
         keypoints = np.zeros((len(rows), len(skeleton.joints), 3))
-        if not rows:
-            raise InputError(f"{boxes} has no box of a person in any of the pictures of {path}")
     name = split.replace("-dev", "")  # test-dev2017's pictures are in test2017
     folder = Path(root) / "images" / name
     return people_in_boxes(
@@ -460,6 +458,8 @@ def read_detections(path, known, category=1):
     if len(rows) < len(entries):
         print(f"{path}: of {plural(len(entries), 'box', 'es')} {np.sum(~placed)} of no picture "
               f"here and {np.sum(placed & ~sized)} of no size left out")
+    if not len(rows):
+        raise InputError(f"{path} has no box of a person in any of these pictures")
     return [pictures[row] for row in rows], columns["bbox"][rows], columns["score"][rows]
 
 
@@ -481,8 +481,8 @@ def load_people(dataset, root, split, size, skeleton, boxes="gt"):
     Their number is printed, and every picture is looked at: InputError if one is missing or has no
     readable header, before any work starts."""
     if dataset == "coco" and len(skeleton.sigmas) != len(skeleton.joints):
-        raise InputError("OKS, the metric of --dataset coco, needs a sigma for each joint in "
-                         "SKELETONS")
+        raise InputError("OKS, the metric of --dataset coco, needs a sigma for each joint; of the "
+                         f"{len(skeleton.joints)} here {len(skeleton.sigmas)} have it in SKELETONS")
     if dataset != "coco" and len(skeleton.joints) != 16:
         raise InputError(f"--dataset {dataset} has MPII's 16 joints, not {len(skeleton.joints)}; "
                          "put joints of your own into COCO's layout, for --dataset coco")
@@ -665,8 +665,11 @@ def draw_pose(picture, keypoints, skeleton, threshold=0.0):
 
 def heat(picture, heatmap, caption=""):
     """A picture, dimmed, with a heatmap (h,w) of values from 0 to 1 laid over it from black through
-    red to white, and a caption."""
-    level = Image.fromarray((255 * np.clip(heatmap, 0, 1)).astype(np.uint8)).resize(picture.size)
+    red to white, and a caption. The heatmap's pixel (0, 0) lies on the picture's."""
+    level = Image.fromarray((255 * np.clip(heatmap, 0, 1)).astype(np.uint8))
+    x, y = np.divide(level.size, picture.size)
+    level = level.transform(picture.size, Image.Transform.AFFINE, (x, 0, 0.5 - x / 2, 0, y,
+                            0.5 - y / 2), Image.Resampling.BILINEAR)
     glow = ImageOps.colorize(level, "black", "white", mid="red")
     dimmed = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size), 0.5)
     drawn = Image.composite(glow, dimmed, level)

@@ -401,7 +401,8 @@ def report(metrics, what, heads, path=None):
     which also go to a file if path names one."""
     print(what)
     if "AP" in metrics:
-        print(f"OKS average precision in percent, {MAX_DETECTIONS} detections a picture")
+        print(f"OKS average precision in percent, {MAX_DETECTIONS} detections a picture; -1: there "
+              "is nobody to find")
     else:
         print(f"PCKh@0.5: distance <= half a head size, {heads};\nMean over 14 joints, without "
               "pelvis and thorax")
@@ -585,12 +586,14 @@ def draw_heatmaps(network, picture, person):
     seen = ImageOps.scale(Image.fromarray(crops[0].numpy()), zoom)
     blank = Image.new("RGB", seen.size, "white")
     tiles = []
-    for number, heatmaps in enumerate(network(crops), start=1):
+    stages = network(crops)
+    for number, heatmaps in enumerate(stages, start=1):
+        stage = f"stage {number}" if len(stages) > 1 else "last stage"
         points, scores = decode(heatmaps.cpu())
         for k, name in enumerate(network.skeleton.joints):
             peak = scores[0, k].item()
             tile = data.heat(seen, heatmaps[0, k].cpu().numpy() / max(peak, 1e-6),
-                             f"stage {number}: {name}\npeak {peak:.2f}")
+                             f"{stage}: {name}\npeak {peak:.2f}")
             ImageDraw.Draw(tile).circle((zoom * STRIDE * points[0, k]).tolist(), 5,
                                         outline=data.MIDDLE, width=2)
             tiles.append(tile)
@@ -680,7 +683,8 @@ def main():
     used = "weights skeleton input bgr no_flip no_shift no_offset batch_size device boxes out"
     of_mode = "image box threshold heatmaps attention" if args.image else (
         "dataset data split both workers")
-    data.refuse_unused(parser, args, "--image" if args.image else "a data set", f"{used} {of_mode}")
+    mode = "--image" if args.image else "a data set, without --image"
+    data.refuse_unused(parser, args, mode, f"{used} {of_mode}")
     network = open_network(args.weights, args.device, args.input, args.skeleton, args.bgr)
     (evaluate_pictures if args.image else evaluate_dataset)(args, network)
 

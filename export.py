@@ -685,7 +685,7 @@ def main():
             profile(args, threads)
     else:
         used = "weights skeleton bgr batch all_stages keypoints plain int8 input out"
-        data.refuse_unused(parser, args, "--int8" if args.int8 else "--weights",
+        data.refuse_unused(parser, args, "--int8" if args.int8 else "--weights without --int8",
                            used + " data image" * args.int8)
         if args.plain and args.int8:
             parser.error("--plain is the float32 network as it was trained, --int8 another one")

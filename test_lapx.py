@@ -1064,6 +1064,9 @@ def test_a_picture_without_a_detection_is_no_error(weights, mpii, tmp_path):
     text = run("evaluate.py", "--weights", weights[0], "--image", mpii / "images/0.jpg",
                mpii / "images/1.jpg", "--boxes", tmp_path / "boxes.json", "--out", tmp_path)
     assert "0.jpg: 0 persons, 0 drawn" in text and "1.jpg: 1 person," in text
+    code, text = run("evaluate.py", "--weights", weights[0], "--image", mpii / "images/0.jpg",
+                     "--boxes", tmp_path / "boxes.json", "--out", tmp_path, check=False)
+    assert code == 1 and "boxes.json has no box of a person in any of these pictures" in text
 
 
 @pytest.mark.parametrize("name, dataset, size", [
