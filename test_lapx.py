@@ -1588,6 +1588,13 @@ def test_no_step_waits_for_the_gpu():
     train.train_epoch(model, model, optimiser, Watched(batches), 0, recipe, device)
 
 
+def test_compiling_in_bfloat16_on_a_cpu_is_refused_before_anything_starts(mpii, tmp_path):
+    code, text = run("train.py", *arguments(mpii, tmp_path / "run", "--compile", "--precision",
+                                            "bfloat16"), check=False)
+    assert code == 1 and "--compile needs --precision float32 on a CPU" in text
+    assert not (tmp_path / "run").exists()
+
+
 def test_samples_are_drawn_without_a_run(mpii, tmp_path):
     run("train.py", *arguments(mpii, tmp_path / "run", "--show", tmp_path / "samples.png"))
     sheet = Image.open(tmp_path / "samples.png")
