@@ -268,7 +268,7 @@ def main():
         raise InputError("--lr must be above 0, --gamma-warmup and --gamma-ramp at least 0, "
                          "--scale from 0 to below 1, --rotation from 0 to 180")
     if recipe.compile and recipe.precision == "bfloat16" and args.device == "cpu":
-        raise InputError("--compile needs --precision float32 on a CPU: with bfloat16 the code that "
+        raise InputError("--compile needs --precision float32 on a CPU: in bfloat16 the code that "
                          "torch 2.13 makes there fails")
 
     # processes
