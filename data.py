@@ -348,13 +348,13 @@ def read_coco_file(path, num_joints):
 
     content = read_json(path, without_outline)
     unsized = {"width": 1e10, "height": 1e10}  # then no box is clipped
-    crowd = {"iscrowd": 0, "num_keypoints": -1, "keypoints": [0] * 3 * K}  # has no joints
+    unlabelled = {"iscrowd": 0, "num_keypoints": -1, "keypoints": [0] * 3 * K}  # crowds are
     with reading(path, "a COCO annotation file with images and annotations"):
         categories = [item["id"] for item in content.get("categories", []) if "keypoints" in item]
         category = categories[0] if categories else 1
         files = np.array([item.get("file_name", "") for item in content["images"]], str)
         images = [unsized | item for item in content["images"]]
-        persons = [crowd | item for item in content.get("annotations", [])
+        persons = [unlabelled | item for item in content.get("annotations", [])
                    if item["category_id"] == category]
     images = read_columns(path, "picture", images, {"id": (), "width": (), "height": ()},
                           lowest={"width": 1, "height": 1})
@@ -763,15 +763,15 @@ def write_file(path, content, new=False):
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if new:
+            open(path, "x").close()  # fails if another process was quicker
         with open(part, "wb") as file:
             file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
-        if new:
-            open(path, "x").close()  # fails if another process was quicker
         os.replace(part, path)
     except OSError as error:
-        if part.exists():
+        if part.exists() and not isinstance(error, FileExistsError):  # else it is the other's
             part.unlink()
         raise InputError(f"{path} can't be written ({error.strerror}); what was there before is "
                          "untouched") from error

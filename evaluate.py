@@ -681,12 +681,17 @@ def main():
     if not args.weights:
         parser.error("give --weights FILE, or --results FILE to score predictions made elsewhere")
     used = "weights skeleton input bgr no_flip no_shift no_offset batch_size device boxes out"
-    of_mode = "image box threshold heatmaps attention" if args.image else (
-        "dataset data split both workers")
-    mode = "--image" if args.image else "a data set, without --image"
-    data.refuse_unused(parser, args, mode, f"{used} {of_mode}")
+    if args.image:
+        used += " image box threshold heatmaps attention"
+        data.refuse_unused(parser, args, "--image", used)
+    else:
+        used += " dataset data split both workers"
+        data.refuse_unused(parser, args, "a data set, without --image", used)
     network = open_network(args.weights, args.device, args.input, args.skeleton, args.bgr)
-    (evaluate_pictures if args.image else evaluate_dataset)(args, network)
+    if args.image:
+        evaluate_pictures(args, network)
+    else:
+        evaluate_dataset(args, network)
 
 
 if __name__ == "__main__":

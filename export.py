@@ -51,7 +51,7 @@ ALLOWED = {32: ("largest", math.inf, 1e-5), 8: ("root mean square", 2, 0.2)}
 
 # ---------------------------------------------------------------------------- fast float32 form
 
-def rewrite(model, forms):
+def set_forms(model, forms):
     """Lets modules compute in another way: those of a class in `forms` by its function (module, x).
     In place; their tensors stay as they are."""
     for module in model.modules():
@@ -138,7 +138,7 @@ def fast(model):
     """A trained LAPX -> a copy that is the same function in a form that ONNX Runtime is quick with.
     """
     model = one_way(folded(model))
-    rewrite(model, {SpatialAttention: fast_spatial_attention, nn.ELU: fast_elu})
+    set_forms(model, {SpatialAttention: fast_spatial_attention, nn.ELU: fast_elu})
     return model
 
 
@@ -475,10 +475,10 @@ def last_axis_spatial_attention(module, x):
 def byte_form(model):
     """A trained LAPX -> a copy that is the same function, of modules that can be quantised."""
     model = one_way(folded(model))
-    rewrite(model, {SpatialAttention: last_axis_spatial_attention, ECA: pooled_eca})
+    set_forms(model, {SpatialAttention: last_axis_spatial_attention, ECA: pooled_eca})
     for module in model.modules():
         if isinstance(module, Block) and module.alpha is not None:
-            module.shortcut = channelwise(module.alpha.flatten())  # gated blocks have none
+            module.shortcut = channelwise(module.alpha.flatten())  # was the identity
             module.alpha = None
     return model
 
@@ -512,10 +512,10 @@ def value_ranges(proto, images, batch):
              if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     del probe.graph.output[:]
     for name, kind in itertools.product(names, ("ReduceMin", "ReduceMax")):
-        found = f"{kind} of {name}"
-        probe.graph.node.append(onnx.helper.make_node(kind, [name], [found], keepdims=0))
+        output = f"{kind} of {name}"
+        probe.graph.node.append(onnx.helper.make_node(kind, [name], [output], keepdims=0))
         probe.graph.output.append(onnx.helper.make_tensor_value_info(
-            found, onnx.TensorProto.FLOAT, []))
+            output, onnx.TensorProto.FLOAT, []))
     session = onnxruntime.InferenceSession(probe.SerializeToString(),
                                            providers=["CPUExecutionProvider"])
     found = []
@@ -581,11 +581,11 @@ class ByteGraph:
         which is a table of 256 bytes, gives it whole. Its input is z with another zero."""
         value = node.input[0]
         scale, zero = self.place(value, self.REACH)
-        b = min(round(self.REACH / scale), 255 - zero)  # b / scale, a number of steps
-        top = 1 / (1 + math.exp(b * scale))  # sigmoid(-b)
+        steps = min(round(self.REACH / scale), 255 - zero)  # b is so many steps of z
+        top = 1 / (1 + math.exp(steps * scale))  # sigmoid(-b)
         z = self.to_bytes(self.readings.get(value, value), scale, zero)
         positive = self.emit("Max", z, np.uint8(zero))
-        power = self.emit("Sigmoid", self.from_bytes(z, scale, zero + b))
+        power = self.emit("Sigmoid", self.from_bytes(z, scale, zero + steps))
         power = self.to_bytes(power, top / 255, 0)
         self.readings[node.output[0]] = self.emit("Add", self.from_bytes(positive, scale, zero),
                                                   self.from_bytes(power, 1 / 255, 255))

@@ -576,7 +576,8 @@ def our_name(name, dimensions):
 
 
 def dictionaries(item, depth=9):
-    """All dictionaries in a file's content, from the outermost on; a list can be endlessly deep."""
+    """All dictionaries in a file's content, from the outermost on. depth: how far down to look, as
+    a list can contain itself."""
     if isinstance(item, dict):
         yield item
         item = list(item.values())

@@ -41,14 +41,16 @@ from data import DATASETS, PoseDataset, affine, transform
 from lapx import LAPX, SKELETONS, VARIANTS, InputError, LAPXConfig, decode
 
 HERE = Path(__file__).parent
-MPII, COCO = SKELETONS["mpii"], SKELETONS["coco"]
+MPII = SKELETONS["mpii"]
+COCO = SKELETONS["coco"]
 TINY = LAPXConfig(16, 16, neck_attention=("ECA-NonLocal", "ECA"))  # a network for fast tests
 
 
 def run(script, *arguments, check=True):
     """Calls a script as the command line does -> what it printed; or, unchecked, (status, that)."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    printed, status = io.StringIO(), 0
+    printed = io.StringIO()
+    status = 0
     with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed),
           contextlib.redirect_stderr(printed)):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -98,7 +100,9 @@ def coco(tmp_path_factory):
     root = tmp_path_factory.mktemp("coco")
     (root / "annotations").mkdir()
     (root / "images/val2017").mkdir(parents=True)
-    images, annotations, detections = [], [], []
+    images = []
+    annotations = []
+    detections = []
     for number in range(3):
         sheet = Image.new("RGB", (660, 330))
         for place in range(2):
@@ -132,7 +136,8 @@ def coco(tmp_path_factory):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """Checkpoints of untrained networks: (MPII's joints, COCO's joints)."""
-    folder, paths = tmp_path_factory.mktemp("weights"), []
+    folder = tmp_path_factory.mktemp("weights")
+    paths = []
     for name, size in (("mpii", (64, 64)), ("coco", (64, 64))):
         torch.manual_seed(0)
         model = LAPX(replace(TINY, num_joints=len(SKELETONS[name].joints)))
@@ -459,7 +464,8 @@ def test_an_image_of_the_wrong_shape_gets_a_sentence(shape):
 
 
 def test_gamma_alone_decides_what_the_non_local_branch_contributes():
-    model, images = LAPX(TINY).eval(), torch.randn(1, 3, 64, 64)
+    model = LAPX(TINY).eval()
+    images = torch.randn(1, 3, 64, 64)
     before = model(images)[-1]
     for name, parameter in model.named_parameters():
         if "non_local" in name and not name.endswith("gamma"):
@@ -540,9 +546,12 @@ def test_crop_is_exact_bilinear_rounded_down_and_black_outside(center, scale, de
     padded[2:-2, 2:-2] = np.asarray(picture)
     v, u = np.mgrid[:48, :64]
     x, y = np.moveaxis(transform(np.stack([u, v], 2).astype(float), np.linalg.inv(matrix)), 2, 0)
-    x, y = np.clip(x, -2, 120.999), np.clip(y, -2, 90.999)
-    x0, y0 = np.floor(x).astype(int), np.floor(y).astype(int)
-    fx, fy = (x - x0)[..., None], (y - y0)[..., None]
+    x = np.clip(x, -2, 120.999)
+    y = np.clip(y, -2, 90.999)
+    x0 = np.floor(x).astype(int)
+    y0 = np.floor(y).astype(int)
+    fx = (x - x0)[..., None]
+    fy = (y - y0)[..., None]
     exact = sum(padded[y0 + dy + 2, x0 + dx + 2] * np.abs(1 - dx - fx) * np.abs(1 - dy - fy)
                 for dx in (0, 1) for dy in (0, 1))
     difference = exact - data.crop(picture, matrix, size)
@@ -556,12 +565,17 @@ def test_crop_outside_the_picture_is_black():
 
 def slow_targets(joints, visible, size, sigma):
     """SimpleBaseline's targets, joint by joint and pixel by pixel."""
-    h, w = size[0] // 4, size[1] // 4
-    targets, weights = np.zeros((len(joints), h, w)), np.array(visible, float)
+    h = size[0] // 4
+    w = size[1] // 4
+    targets = np.zeros((len(joints), h, w))
+    weights = np.array(visible, float)
     for joint, (x, y) in enumerate(joints):
-        mx, my = int(x / 4 + 0.5), int(y / 4 + 0.5)
-        left, top, right, bottom = (mx - 3 * sigma, my - 3 * sigma,
-                                    mx + 3 * sigma + 1, my + 3 * sigma + 1)
+        mx = int(x / 4 + 0.5)
+        my = int(y / 4 + 0.5)
+        left = mx - 3 * sigma
+        top = my - 3 * sigma
+        right = mx + 3 * sigma + 1
+        bottom = my + 3 * sigma + 1
         if left >= w or top >= h or right < 0 or bottom < 0:
             weights[joint] = 0
         for row in range(h):
@@ -694,7 +708,8 @@ def test_detections_belong_to_pictures_by_file_name_or_by_id(coco, tmp_path, cap
 
 
 def test_synthetic_people_are_the_same_for_the_same_seed_and_partly_outside():
-    (entry, picture), (again, other) = figure(3, 4), figure(3, 4)
+    entry, picture = figure(3, 4)
+    again, other = figure(3, 4)
     assert entry == again and picture.tobytes() == other.tobytes()
     assert picture.size == tuple(data.synthetic_pose(3, 4)[2])
     people = data.read_synthetic(None, "train")
@@ -760,7 +775,8 @@ def test_pckh_counts_errors_of_exactly_half_a_head(tmp_path):
 
     rng = np.random.default_rng(0)
     joints = rng.integers(50, 200, (40, 16, 2)).astype(float)
-    sizes, annotated = rng.choice([10., 20.], 40), rng.random((40, 16)) < 0.9
+    sizes = rng.choice([10., 20.], 40)
+    annotated = rng.random((40, 16)) < 0.9
     offset = rng.choice([0, 0.1, 0.11, 0.5, 0.51, 1], (40, 16, 1)) * np.where(
         rng.random((40, 16, 1)) < 0.5, [[[1, 0]]], [[[0, -1]]])
     predictions = joints + offset * sizes[:, None, None]
@@ -900,7 +916,8 @@ def test_evaluating_mpii_writes_metrics_and_predictions(weights, mpii, tmp_path)
 def random_coco(rng, kind):
     """A COCO ground truth and results with crowds, people without joints, ties and false alarms."""
     images = [{"id": int(number)} for number in rng.permutation(30)[:rng.integers(1, 10)]]
-    annotations, results = [], []
+    annotations = []
+    results = []
     for image in images:
         people = []
         for _ in range(rng.integers(0, 5)):
@@ -1223,8 +1240,8 @@ def test_json_that_is_nested_too_deep_gets_a_sentence(tmp_path):
 def test_loss_is_the_papers_equation():
     generator = torch.manual_seed(0)
     outputs = [torch.rand(2, 3, 4, 5, generator=generator) for _ in range(3)]
-    targets, weights = (torch.rand(2, 3, 4, 5, generator=generator),
-                        torch.tensor([[1., 0, 1], [1, 1, 1]]))
+    targets = torch.rand(2, 3, 4, 5, generator=generator)
+    weights = torch.tensor([[1., 0, 1], [1, 1, 1]])
     expected = 0
     for heatmaps in outputs:
         for b in range(2):
@@ -1593,6 +1610,12 @@ def test_compiling_in_bfloat16_on_a_cpu_is_refused_before_anything_starts(mpii, 
                                             "bfloat16"), check=False)
     assert code == 1 and "--compile needs --precision float32 on a CPU" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_curve_is_drawn_for_every_gamma():
+    row = {"epoch": 1, "loss": 2, "Mean": 50, "gamma1": 0.1, "gamma2": 0.2, "gamma3": 0.3}
+    colours = {colour for _, colour in train.draw_curve([row], "Mean").getcolors(10**6)}
+    assert {data.RIGHT, data.LEFT, data.MIDDLE} <= colours
 
 
 def test_samples_are_drawn_without_a_run(mpii, tmp_path):

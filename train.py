@@ -116,7 +116,8 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
         group["lr"] = lr
     losses = torch.zeros(steps, device=device)
     model.train()
-    start = requested = time.perf_counter()
+    start = time.perf_counter()
+    requested = start
     waited = 0.0
     for step, (_, crops, joints, visible) in enumerate(data.progress(loader, "steps")):
         waited += time.perf_counter() - requested
@@ -226,7 +227,9 @@ def restore(path, model, optimiser):
         where.entry = "history"
         history = saved["history"]
         names = {"epoch"}.union(*history) - {"precision"}
-        [[float(row[name]) for name in names] for row in history]  # all there, all numbers
+        for row in history:
+            for name in names:
+                float(row[name])  # fails if it is missing or no number
     return history
 
 
@@ -285,7 +288,8 @@ def main():
     augmentation = (recipe.scale, recipe.rotation)
     people = data.load_people(recipe.dataset, recipe.data, recipe.splits[0], size, skeleton)
     if recipe.overfit:  # the same pictures to train and to score, exactly as they are
-        people = valid = people.in_first_pictures(recipe.overfit)
+        people = people.in_first_pictures(recipe.overfit)
+        valid = people
         augmentation = None
         print(f"overfitting {plural(len(people), 'person')}, unaugmented")
     else:
@@ -328,7 +332,7 @@ def main():
         print(f"resumed after epoch {len(history)}")
     elif recipe.init:
         missing = load_fitting(model, recipe.init)
-        print(f"weights from {recipe.init}, but for {', '.join(missing[:12]) or 'none'}"
+        print(f"weights from {recipe.init}; afresh: {', '.join(missing[:12]) or 'none'}"
               f"{', ...' * (len(missing) > 12)}")
     wrapped = model  # wrapped trains, model is saved, network predicts
     if world > 1:
@@ -424,7 +428,7 @@ def draw_curve(history, score):
         place = data.draw_axes(draw, (70, 240 * number + 30, 700, 240 * number + 190), epochs,
                                [*curves.flat, 0], "epoch", title)
         for index, (name, curve) in enumerate(zip(names, curves)):
-            colour = (data.RIGHT, data.LEFT)[index]
+            colour = (data.RIGHT, data.LEFT, data.MIDDLE)[index % 3]
             points = [place(x, y) for x, y in zip(epochs, curve)]
             draw.line(points, colour, 2)
             for point in points:
@@ -443,7 +447,8 @@ def parse():
         description=__doc__, epilog=defaults, formatter_class=argparse.RawDescriptionHelpFormatter)
     data.add_data_arguments(parser, "synthetic, drawn on the fly",
                             "256x256 for mpii, 256x192 for coco, 128x128 for synthetic")
-    add = parser.add_argument_group("recipe (--resume keeps it; defaults: below)").add_argument
+    add = parser.add_argument_group(
+        "recipe (--resume keeps it, but for --lr and --precision)").add_argument
     add("--variant", help="a row of Table 3", choices=VARIANTS, metavar="NAME")
     add("--splits", nargs=2, metavar=("TRAIN", "VALID"))
     add("--epochs", type=data.number_from(1), metavar="N",
