@@ -76,7 +76,7 @@ def crop(picture, matrix, size):
 
 def draw_augmentation(rng, scale, rotation):
     """-> a factor for the box's size, from 1 - scale to 1 + scale; degrees, at most rotation either
-    way; whether to mirror."""
+    way; whether to mirror. PAPER, training details."""
     # PAPER SILENT: distribution of the scale. SimpleBaseline's normal one, cut at one sigma, with
     # its 0.25 for MPII and 0.30 for COCO.
     factor = 1 + scale * np.clip(rng.standard_normal(), -1, 1)

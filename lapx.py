@@ -135,7 +135,9 @@ class ECA(nn.Module):
 
 
 class ChannelMLP(nn.Module):
-    """The first half of CBAM (Woo et al. 2018): a gate for each channel, from all of them."""
+    """The first half of CBAM (Woo et al. 2018): a gate for each channel, from all of them.
+
+    PAPER Table 3, row 5."""
 
     def __init__(self, channels):
         super().__init__()
@@ -153,7 +155,7 @@ class ChannelMLP(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """The second half of CBAM: a gate for each pixel."""
+    """The second half of CBAM and of ECA-CBAM: a gate for each pixel. PAPER §3.3."""
 
     def __init__(self, channels):
         super().__init__()

@@ -54,7 +54,9 @@ RECIPES = {
 # ---------------------------------------------------------------------------- schedules and loss
 
 def learning_rate(epoch, lr, factor, milestones):
-    """The learning rate of an epoch. Epochs count from 0: milestone 105 acts from epoch 105 on."""
+    """The learning rate of an epoch. PAPER, training details.
+
+    Epochs count from 0: milestone 105 acts from epoch 105 on."""
     return lr * factor ** sum(epoch >= milestone for milestone in milestones)
 
 
