@@ -236,7 +236,7 @@ def read_columns(path, name, entries, shapes, lowest={}):
 
     shapes: {field: shape of its value}. lowest: {field: smallest value}. InputError with the file
     and the entry, which is a `name`, where a field is absent, has another number of values, or has
-    one that is not a number up to 1e10."""
+    one that is not a number up to 1e10; ids are whole numbers below 2^53, which float64 holds."""
     columns = {}
     hint = " (--skeleton names joints of one's own)" * ("keypoints" in shapes)
     with reading(path, f"a list, of which each {name} has {', '.join(shapes)}{hint}") as where:
@@ -250,12 +250,18 @@ def read_columns(path, name, entries, shapes, lowest={}):
                 values.append(value)
             where.entry = field
             column = np.array(values, np.float64).reshape(len(values), *shape)
-            low = lowest.get(field, -1e10)
-            bad = np.argwhere(~((column >= low) & (column <= 1e10)))  # NaN, too
+            if field in ("id", "image_id"):  # COCO numbers its crowds like 900100087038
+                good = (abs(column) < 2 ** 53) & (column % 1 == 0)
+                wanted = "a whole number below 2^53"
+            else:
+                low = lowest.get(field, -1e10)
+                good = (column >= low) & (column <= 1e10)
+                wanted = f"from {low:g} to 1e10"
+            bad = np.argwhere(~good)  # NaN, too
             if len(bad):
                 row = bad[0, 0]
                 where.entry = f"{name} {row}, counted from 0"
-                raise ValueError(f"{field} is {column[row].tolist()}, not from {low:g} to 1e10")
+                raise ValueError(f"{field} is {column[row].tolist()}, not {wanted}")
             columns[field] = column
     return columns
 

@@ -669,6 +669,28 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
     assert people.visible.sum() == 2 and people.joints[0, 0].tolist() == [7, 8]
 
 
+@pytest.mark.parametrize("id", [900100087038, 2**53 - 1])
+def test_ids_are_whole_numbers_up_to_2_to_the_53(id, coco, tmp_path):
+    content = json.loads((coco / "annotations/person_keypoints_val2017.json").read_text())
+    content["annotations"][-1]["id"] = id  # a crowd's, as in COCO's own file
+    content["images"][2]["id"] = id
+    for annotation in content["annotations"][4:6]:
+        annotation["image_id"] = id
+    (tmp_path / "annotations").mkdir()
+    path = tmp_path / "annotations/person_keypoints_val2017.json"
+    path.write_text(json.dumps(content))
+    people = data.read_coco(tmp_path, "val2017")
+    assert people.image_id.tolist() == [7, 7, 8, 8, id, id] and people.truth.persons["id"][-1] == id
+    results = [{"image_id": id, "category_id": 1, "score": 1,
+                "keypoints": content["annotations"][4]["keypoints"]}]
+    assert evaluate.coco_ap(people.truth, results, "results", COCO.sigmas)["AP"] > 0
+    for wrong in (2**53 + 1, id + 0.5, float("nan"), -2**60):
+        content["annotations"][-1]["id"] = wrong
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"person 6, counted .* not a whole number below 2\^53"):
+            data.read_coco(tmp_path, "val2017")
+
+
 @pytest.mark.parametrize("spoil, complaint", [
     (lambda content: content["annotations"][2]["keypoints"].pop(), "person 2, .*50 values, not 51"),
     (lambda content: content["annotations"][2].pop("area"), "person 2, .*'area' is missing"),
