@@ -396,6 +396,7 @@ def main():
         content |= {"history": history, "optimiser": optimiser.state_dict()}
         data.write_file(out / "last.pt", content)
     if world > 1:
+        del wrapped  # before its group, else torch 2.13 waits for itself now and then, forever
         dist.destroy_process_group()
     if rank > 0:
         return
