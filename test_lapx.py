@@ -55,6 +55,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 MPII = SKELETONS["mpii"]
 COCO = SKELETONS["coco"]
 TINY = LAPXConfig(16, 16, neck_attention=("ECA-NonLocal", "ECA"))  # a network for fast tests
+FILES = ("lapx.py", "data.py", "train.py", "evaluate.py", "export.py")
 SCRIPTS = {"lapx.py": lapx, "train.py": train, "evaluate.py": evaluate, "export.py": export}
 
 
@@ -528,8 +529,7 @@ def test_under_bfloat16_nothing_in_the_stream_becomes_float32():
 
 
 def test_the_tags_in_the_code_and_the_table_in_the_readme_are_the_same():
-    code = "".join((HERE / name).read_text("utf-8") for name in
-                   ("lapx.py", "data.py", "train.py", "evaluate.py", "export.py"))
+    code = "".join((HERE / file).read_text("utf-8") for file in FILES)
     for tag in ("PAPER SILENT", "DIFFERS"):
         tags = sorted(re.findall(rf"# {tag}: (.+?)\. ", code))
         rows = re.findall(rf"^\| {tag} \| ([^|]+) \|", README, re.M)
@@ -547,6 +547,23 @@ def test_the_two_ways_that_the_readme_names_are_at_most_six_pages_in_reading_ord
             assert [node.lineno for node in named] == sorted(node.lineno for node in named)
             lines += named[-1].end_lineno - named[0].lineno + 1
         assert 100 < lines <= 6 * 50
+
+
+def test_every_package_that_is_imported_is_a_dependency_and_no_other_packages_name_is_taken():
+    project = (HERE / "pyproject.toml").read_text("utf-8")
+    imported = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse((HERE / file).read_text("utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", ())]
+            names = [node.module] if isinstance(node, ast.ImportFrom) else names
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imported |= {name.split(".")[0] for name in names}
+    imported -= {*sys.stdlib_module_names, *(file[:-3] for file in FILES)}
+    imported = {{"PIL": "pillow"}.get(name, name) for name in imported}
+    named = set(re.findall(r"^    \"(\w+)", project.split("dependencies")[1], re.M))
+    assert named == imported | {"onnxscript"}  # which torch's exporter imports
+    assert 'name = "lapx-pose"' in project  # trackers install another lapx from PyPI
+    assert 'py-modules = ["lapx"]' in project
 
 
 def test_a_missing_a_truncated_and_a_foreign_file_get_a_sentence(tmp_path):
