@@ -325,10 +325,10 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
         forward = partial(run_session, session, path)
         info = session.get_modelmeta().custom_metadata_map.get("lapx", "{}")  # JSON
     else:
-        device = choose_device(device)
+        device = torch.device(choose_device(device))
         content = load_file(path)
         forward = from_checkpoint(content, path).eval()
-        forward.to(device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
+        forward.to(device, memory_format=data.memory_format(device))
         info = content.get("info") if isinstance(content, dict) else None
         dataset = {16: "mpii", 17: "coco"}.get(forward.config.num_joints)
         if not info and dataset:  # weights alone, such as the authors'
@@ -353,12 +353,15 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
 
 
 def choose_device(name):
-    """auto -> the best device there is: cuda, mps or cpu. InputError if a named one is missing."""
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    there.append("cpu")
-    if name not in ("auto", *there):
+    """auto -> cuda if it is there, else cpu: nobody has measured yet whether a Mac's mps is right
+    and fast. InputError if a named one is missing."""
+    there = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    if not there[name]:
         raise InputError(f"--device {name}: torch {torch.__version__} finds no such device here")
-    return there[0] if name == "auto" else name
+    if name != "auto":
+        return name
+    return "cuda" if there["cuda"] else "cpu"
 
 
 def open_session(path, threads=0, **settings):

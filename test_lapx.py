@@ -1301,6 +1301,31 @@ def test_a_network_sees_pictures_as_its_file_says():
     assert torch.allclose(seen[2], (picture - values[0]) / values[1], atol=1e-6)
 
 
+def test_auto_takes_cuda_or_the_cpu_and_leaves_mps_alone(monkeypatch):
+    for cuda, mps, auto in ((True, False, "cuda"), (True, True, "cuda"), (False, True, "cpu"),
+                            (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+        assert evaluate.choose_device("auto") == auto and evaluate.choose_device("cpu") == "cpu"
+        for name, there in (("cuda", cuda), ("mps", mps)):
+            if there:
+                assert evaluate.choose_device(name) == name
+            else:
+                with pytest.raises(InputError, match=f"--device {name}: .* no such device"):
+                    evaluate.choose_device(name)
+
+
+def test_channels_are_last_in_the_memory_of_cpus_and_gpus_only(weights):
+    crops = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    assert data.normalise(crops).is_contiguous(memory_format=torch.channels_last)
+    # any other device stands in for a Mac's
+    assert data.normalise(crops.to("meta")).is_contiguous()
+    formats = {name: data.memory_format(torch.device(name)) for name in ("cuda", "mps")}
+    assert formats == {"cuda": torch.channels_last, "mps": torch.contiguous_format}
+    model = evaluate.open_network(weights[0]).forward
+    assert model.stem.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_evaluation_uses_tf32_as_the_training_did(mpii, tmp_path):
     for precision, allowed in (("float32", False), ("tf32", True), ("bfloat16", True)):
         torch.backends.cudnn.allow_tf32 = not allowed

@@ -324,7 +324,7 @@ def main():
         # batch. On CPUs, where torch cannot, each process normalises its share, and the running
         # statistics of the first process are the network's.
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=data.memory_format(device))
     network = evaluate.Network(model, info, device)  # sets the precision, too
     # PAPER SILENT: Adam's other settings. PyTorch's: betas 0.9 and 0.999, no weight decay.
     optimiser = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)
