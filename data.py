@@ -809,13 +809,15 @@ def cpu_count():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-SENTENCES = {  # what torch's messages, which have no class of their own, mean to a user
-    "out of memory|can't allocate memory": "the memory does not suffice; choose a smaller "
-    "--batch-size or --input",
-    "more than 1 value per channel": "BatchNorm can't train on a single value per channel; choose "
-    "a larger --batch-size or --input",
-    "DataLoader worker": "a loader process died, often for want of memory; try again with fewer "
-    "--workers (train.py goes on with --resume auto)",
+# What some faults mean to a user, by how they begin: these have no other cause. What was raised in
+# a loader process ("Caught ...") keeps its traceback, for those who extend a reader.
+SENTENCES = {
+    r"\w*MemoryError: (?!Caught)|RuntimeError: \[enforce fail at alloc_cpu": "the memory does not "
+    "suffice; choose a smaller --batch-size or --input",
+    "ValueError: Expected more than 1 value per channel": "BatchNorm can't train on a single value "
+    "per channel; choose a larger --batch-size or --input",
+    r"RuntimeError: DataLoader worker \(pid": "a loader process died, often for want of memory; try "
+    "again with fewer --workers (train.py goes on with --resume auto)",
 }
 
 
@@ -828,9 +830,8 @@ def run(main):
     except InputError as error:  # from a loader process it comes wrapped in a traceback
         sys.exit(f"error: {str(error).split('InputError: ')[-1].strip()}")
     except (RuntimeError, ValueError, MemoryError) as error:
-        text = "out of memory" if isinstance(error, MemoryError) else str(error)
         for pattern, sentence in SENTENCES.items():
-            if re.search(pattern, text):
+            if re.match(pattern, f"{type(error).__name__}: {error}"):
                 sys.exit(f"error: {sentence}")
         raise
     except KeyboardInterrupt:

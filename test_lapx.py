@@ -1374,17 +1374,34 @@ def test_heatmaps_of_another_stride_or_number_of_joints_are_refused(mpii):
         evaluate.predict(network, data.read_mpii(mpii, "valid"))
 
 
+def out_of_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
 @pytest.mark.parametrize("fault, sentence", [
-    (RuntimeError("CUDA out of memory. Tried to allocate"), "a smaller --batch-size or --input"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "a smaller --batch-size or"),
-    (MemoryError(), "the memory does not suffice"),
-    (ValueError("Expected more than 1 value per channel when training"), "larger --batch-size")])
-def test_faults_of_memory_and_batches_get_a_sentence(fault, sentence, capsys):
-    def main():
+    (out_of_gpu_memory, "a smaller --batch-size or --input"),
+    (lambda: torch.empty(2**50), "a smaller --batch-size or --input"),
+    (lambda: np.empty(2**50), "a smaller --batch-size or --input"),
+    (lambda: bytes(2**60), "the memory does not suffice"),
+    (lambda: nn.BatchNorm1d(3)(torch.ones(1, 3)), "larger --batch-size")])
+def test_faults_of_memory_and_batches_get_a_sentence(fault, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        data.run(fault)
+
+
+@pytest.mark.parametrize("fault, workers", [
+    (ValueError("out of memory"), 0), (ValueError("out of memory"), 1), (KeyError("x"), 1),
+    (RuntimeError("the DataLoader worker of mine"), 0), (MemoryError("of my own"), 1),
+    (RuntimeError("more than 1 value per channel"), 0)])
+def test_faults_of_the_code_keep_their_traceback(fault, workers, mpii, tmp_path, monkeypatch):
+    def picture(people, row):
         raise fault
 
-    with pytest.raises(SystemExit, match=sentence):
-        data.run(main)
+    monkeypatch.setattr(data.People, "picture", picture)
+    with pytest.raises(type(fault), match=str(fault)) as caught:
+        run("train.py", *arguments(mpii, tmp_path / "run", "--workers", workers))
+    if workers:
+        assert "in picture" in str(caught.value)  # the function that raised it
 
 
 def test_evaluating_mpii_writes_metrics_and_predictions(weights, mpii, tmp_path):
