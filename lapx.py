@@ -222,7 +222,7 @@ class Block(nn.Module):
     def __init__(self, inputs, outputs, soft_gate=False):
         super().__init__()
         width = outputs // 2
-        self.elu = nn.ELU()
+        self.elu = nn.ELU(inplace=True)  # over BatchNorm's output, which nothing else needs
         self.bn1 = nn.BatchNorm2d(inputs)
         self.pointwise1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
@@ -251,7 +251,7 @@ class Stem(nn.Module):
         C = config.channels
         self.conv = nn.Conv2d(3, C // 4, 7, stride=2, padding=3, bias=False)
         self.bn = nn.BatchNorm2d(C // 4)
-        self.elu = nn.ELU()
+        self.elu = nn.ELU(inplace=True)
         # PAPER SILENT: which blocks are gated. In the authors' weights, those in the hourglasses.
         self.block1 = Block(C // 4, C // 2)
         self.block2 = Block(C // 2, C)
@@ -307,7 +307,7 @@ class Stage(nn.Module):
         self.block = Block(C, C)
         self.conv = nn.Conv2d(C, C, 1, bias=False)
         self.bn = nn.BatchNorm2d(C)
-        self.elu = nn.ELU()
+        self.elu = nn.ELU(inplace=True)
         self.attention = attention(config.stage_attention, C)
         self.head = nn.Conv2d(C, K, 1)
         self.last = index == config.stages - 1

@@ -600,6 +600,32 @@ def test_gamma_alone_decides_what_the_non_local_branch_contributes():
     assert not torch.equal(model(images)[-1], before)
 
 
+def test_elus_write_over_their_input_which_spares_memory_and_changes_no_gradient():
+    model = LAPX(TINY).double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    kept = {}  # what autograd keeps for the backward pass: {inplace: bytes}
+    gradients = {}
+    for inplace in (True, False):  # first as it is
+        blocks = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            blocks[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = sum(heatmaps.square().sum() for heatmaps in model(images))
+        kept[inplace] = sum(blocks.values())
+        model.zero_grad()
+        loss.backward()
+        gradients[inplace] = [parameter.grad for parameter in model.parameters()]
+        for module in model.modules():
+            if isinstance(module, nn.ELU):
+                module.inplace = False
+    assert kept[True] < 0.8 * kept[False]
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(*gradients.values()))
+
+
 def test_attention_rows_are_distributions():
     rows = lapx.NonLocal(16).attention(torch.randn(2, 16, 3, 4))
     assert rows.shape == (2, 12, 12) and torch.allclose(rows.sum(2), torch.ones(2, 12))
@@ -1964,10 +1990,12 @@ def test_an_epoch_is_the_papers_recipe_step_by_step(mpii):
             slow_optimiser.step()
             losses.append(loss.item())
         assert found == pytest.approx(np.mean(losses), rel=1e-5), epoch
-        for (name, tensor), slow_tensor in zip(model.state_dict().items(),
-                                               slow.state_dict().values()):
-            difference = (tensor - slow_tensor).float().abs().mean()
-            assert difference < 2e-6, (epoch, name, difference)  # a step is 1e-3 at first
+        differences = torch.cat([(tensor - slow_tensor).flatten().abs() for tensor, slow_tensor in
+                                 zip(model.state_dict().values(), slow.state_dict().values())])
+        # a step is 1e-3 at first; rounding can change its sign where a gradient is almost 0
+        assert differences.mean() < 5e-6 and (differences > 1e-4).float().mean() < 0.01, epoch
+        assert context.gamma.item() == pytest.approx(
+            model.non_locals()[1].gamma.item(), abs=1e-5)
         assert speed > 0 and 0 < waiting < 1
 
 
