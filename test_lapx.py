@@ -2264,15 +2264,18 @@ def without_norm(module, x):
     return x * module.weight[:, None, None] + module.bias[:, None, None]
 
 
-def two_processes(folder, *arguments):
-    """Runs train.py in two processes, as torchrun does -> what they printed; both must succeed."""
+def two_processes(folder, *commands, status=0):
+    """Runs train.py in two processes, as torchrun does -> what they printed. commands: of both, or
+    of each. The first must end with that status; then the second is killed, if it did not end with
+    it, too, as torchrun does."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [Started(folder / f"{rank}.txt", "train.py", arguments, RANK=str(rank),
-                       LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+    started = [Started(folder / f"{rank}.txt", "train.py", commands[rank % len(commands)],
+                       RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
-    assert [process.end() for process in started] == [0, 0], started[0].printed()
+    assert started[0].end() == status, started[0].printed()
+    assert started[1].end(1 if status else 20) in (status, None), started[1].printed()
     return [process.printed() for process in started]
 
 
@@ -2280,7 +2283,7 @@ def test_a_step_of_two_processes_is_the_step_of_one_with_the_whole_batch(
         mpii, tmp_path, monkeypatch):
     monkeypatch.setattr(nn.BatchNorm2d, "forward", without_norm)
     flags = ["--batch-size", 4, "--epochs", 1, "--precision", "float32"]  # one step
-    two_processes(tmp_path, *arguments(mpii, tmp_path / "two", *flags))
+    two_processes(tmp_path, arguments(mpii, tmp_path / "two", *flags))
     run("train.py", *arguments(mpii, tmp_path / "one", *flags))
     one, two = (lapx.load_file(tmp_path / f"{name}/last.pt") for name in ("one", "two"))
     assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-5)
@@ -2297,8 +2300,9 @@ def test_a_step_of_two_processes_is_the_step_of_one_with_the_whole_batch(
 
 def test_two_processes_train_save_and_score_one_network_and_every_person_once(mpii, tmp_path):
     out = tmp_path / "run"
-    printed = two_processes(tmp_path, *arguments(mpii, out, "--batch-size", 4, "--epochs", 2))
-    assert printed[0].count("2/2") == 1 and "2/2" not in printed[1]  # one process talks
+    printed = two_processes(tmp_path, arguments(mpii, out, "--batch-size", 4, "--epochs", 2))
+    assert printed[0].count("2/2") == 1 and not printed[1]  # one process talks, and nobody warns
+    assert "Warning" not in printed[0]
     saved = lapx.load_file(out / "last.pt")
     assert saved["model"]["stem.bn.num_batches_tracked"] == 2  # 6 persons, batches of 4
     text = run("evaluate.py", "--weights", out / "last.pt", "--data", mpii, "--both", "--out",
@@ -2306,6 +2310,42 @@ def test_two_processes_train_save_and_score_one_network_and_every_person_once(mp
     for line in text.splitlines():  # the four persons' scores are those of the saved network
         if line.strip()[:1].isdigit():
             assert line in printed[0]
+
+
+def test_two_processes_that_are_not_about_to_do_the_same_are_refused(finished, mpii, tmp_path):
+    (tmp_path / "one").mkdir()
+    shortened(finished[0], tmp_path / "one")
+    flags = ["--batch-size", 3, "--resume", "auto"]
+    data.write_file(tmp_path / "two/recipe.json", data.read_json(tmp_path / "one/recipe.json"))
+    for one, two, complaint in (  # as on two machines: each with a folder and flags of its own
+            (arguments(mpii, tmp_path / "one", *flags), arguments(mpii, tmp_path / "two", *flags),
+             "process 1 has epochs done 0, process 0 has 3"),
+            (arguments(mpii, tmp_path / "new", "--batch-size", 4),
+             arguments(mpii, tmp_path / "new", "--batch-size", 4, "--lr", 1e-5),
+             "process 1 has lr 1e-05, process 0 has 0.0003")):
+        before = sorted(tmp_path.rglob("*.*"))
+        printed = two_processes(tmp_path, one, two, status=1)
+        assert complaint in printed[0] and "Traceback" not in printed[0] and not printed[1]
+        assert set(tmp_path.rglob("*.*")) - {*before} <= {tmp_path / "0.txt", tmp_path / "1.txt"}
+
+
+def test_what_is_wrong_is_told_by_one_process(mpii, tmp_path):
+    printed = two_processes(tmp_path, arguments(mpii, tmp_path / "run", "--data", "none"), status=1)
+    assert printed[0].count("error: there are no annotations") == 1 and not printed[1]
+    printed = two_processes(tmp_path, arguments(mpii, tmp_path / "run", "--compile"), status=1)
+    assert "error: --compile is for one process" in printed[0] and not printed[1]
+
+
+def test_what_is_wrong_in_another_process_is_told_by_it_in_the_end(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for name in ("stdout", "stderr"):  # to be restored after this test
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    stderr = sys.stderr
+    with pytest.raises(SystemExit, match="there are no annotations of mpii"):
+        call("train.py", ["--dataset", "mpii", "--data", "none"])
+    assert waited == [10] and sys.stderr is stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(

@@ -18,7 +18,9 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -238,12 +240,41 @@ def restore(path, model, optimiser):
 # ---------------------------------------------------------------------------- the run
 
 def main():
-    args = parse()
-    args.device = evaluate.choose_device(args.device)
     rank = int(os.environ.get("RANK", 0))
+    stderr = sys.stderr
+    if rank > 0:  # the first process talks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        trained = train(parse(), rank)
+    except Exception:
+        if rank > 0:  # a fault of all is told once: torchrun ends this process when the first fails
+            time.sleep(10)
+            sys.stderr = stderr
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if trained and rank == 0:
+        report(*trained)
+
+
+def agree(mine):
+    """InputError if the processes are not about to do the same: on several machines each reads its
+    own flags and its own folder. mine: what this one is about to do, {name: value}."""
+    told = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    for rank, theirs in enumerate(told):
+        for name, value in theirs.items():
+            if value != told[0][name]:
+                raise InputError(
+                    f"process {rank} has {name} {value}, process 0 has {told[0][name]}: give all "
+                    "machines the same flags and, for --resume, the same copy of the run's folder")
+
+
+def train(args, rank):
+    """The run, but for its report -> report's arguments, or None if there is nothing to report."""
+    args.device = evaluate.choose_device(args.device)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process talks for all
 
     # recipe
     out = args.out or Path("runs") / (args.dataset or "synthetic")
@@ -275,6 +306,9 @@ def main():
     if recipe.compile and recipe.precision == "bfloat16" and args.device == "cpu":
         raise InputError("--compile needs --precision float32 on a CPU: in bfloat16 the code that "
                          "torch 2.13 makes there fails")
+    if recipe.compile and world > 1:
+        raise InputError("--compile is for one process: with several, torch's compiler fails or is "
+                         "slower than without (pytorch 107372, 139207)")
 
     # processes
     device = torch.device(args.device)
@@ -282,7 +316,9 @@ def main():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # the others wait while the first one scores: COCO on a slow machine takes hours
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=6))
 
     # data
     skeleton = SKELETONS[recipe.skeleton]
@@ -296,7 +332,9 @@ def main():
         print(f"overfitting {plural(len(people), 'person')}, unaugmented")
     else:
         people.truth = None  # not scored: saves memory
-        valid = data.load_people(recipe.dataset, recipe.data, recipe.splits[1], size, skeleton)
+        valid = None
+        if rank == 0:  # the first process scores for all
+            valid = data.load_people(recipe.dataset, recipe.data, recipe.splits[1], size, skeleton)
     batch_size = min(recipe.batch_size, len(people)) // world * world
     if not batch_size:
         raise InputError(f"{plural(len(people), 'person')} in batches of {recipe.batch_size} are "
@@ -338,7 +376,9 @@ def main():
               f"{', ...' * (len(missing) > 12)}")
     wrapped = model  # wrapped trains, model is saved, network predicts
     if world > 1:
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False)
+        agree(vars(recipe) | {"data": "", "persons": len(people), "epochs done": len(history)})
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # alpha's, 208 numbers
+        wrapped = nn.parallel.DistributedDataParallel(wrapped)
     if recipe.compile:  # on a GPU the step becomes one CUDA graph
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
 
@@ -357,13 +397,6 @@ def main():
     if rank == 0:
         data.write_file(out / "recipe.json", {"recipe": vars(recipe), "facts": facts}, not resumed)
 
-    def evaluate_people(flip):
-        """-> the joints (N,K,3) of the validation people, and the metrics."""
-        model.eval()
-        keypoints = evaluate.predict(network, valid, flip, batch_size=batch_size,
-                                     workers=args.workers)
-        return keypoints, evaluate.score(keypoints, valid, network)
-
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, as SIGTERM does
     print(f"if it is stopped, go on with: python train.py --resume auto --out {out}")
     best = "AP" if recipe.dataset == "coco" else "Mean"  # is highest in the best epoch
@@ -376,7 +409,10 @@ def main():
                                            device)
         if rank > 0:  # the first process's network is scored and saved
             continue
-        _, metrics = evaluate_people(flip=False)
+        model.eval()
+        keypoints = evaluate.predict(network, valid, flip=False, batch_size=batch_size,
+                                     workers=args.workers)
+        metrics = evaluate.score(keypoints, valid, network)
         gammas = {f"gamma{stage}": module.gamma.item()
                   for stage, module in model.non_locals().items()}
         row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
@@ -395,24 +431,28 @@ def main():
         data.write_file(out / "log.csv", history)
         content |= {"history": history, "optimiser": optimiser.state_dict()}
         data.write_file(out / "last.pt", content)
-    if world > 1:
-        del wrapped  # before its group, else torch 2.13 waits for itself now and then, forever
-        dist.destroy_process_group()
-    if rank > 0:
-        return
+    # the group of processes ends after this function, as DistributedDataParallel must go before it:
+    # else torch 2.13 waits for itself now and then, forever
+    return out, history, network, valid, best, batch_size, args.workers
 
+
+def report(out, history, network, valid, best, batch_size, workers):
+    """Scores the network of the last epoch without and with the flip test, and draws the run."""
+    network.forward.eval()
     # PAPER SILENT: which epoch is scored. The last one; the best one would be picked by the
     # very people that it is scored on.
+    height, width = network.size
     for flip in (False, True):
-        keypoints, metrics = evaluate_people(flip)
-        evaluate.report(metrics, f"{recipe.dataset}, {plural(len(valid), 'person')}, boxes "
-                        f"annotated (gt),\ninput {size[0]}x{size[1]}, last epoch, "
+        keypoints = evaluate.predict(network, valid, flip, batch_size=batch_size, workers=workers)
+        evaluate.report(evaluate.score(keypoints, valid, network),
+                        f"{network.info['dataset']}, {plural(len(valid), 'person')}, boxes "
+                        f"annotated (gt),\ninput {height}x{width}, last epoch, "
                         f"{'flip test with shift' if flip else 'no flip test'}",
                         valid.head_source)
     data.write_file(out / "curve.png", draw_curve(history, best))
     found = replace(valid, joints=keypoints[..., :2], visible=keypoints[..., 2] > 0.2)
-    samples = PoseDataset(found, (2 * size[0], 2 * size[1]), skeleton)
-    drawn = data.show_samples(samples, skeleton, targets=False, count=min(12, len(valid)))
+    samples = PoseDataset(found, (2 * height, 2 * width), network.skeleton)
+    drawn = data.show_samples(samples, network.skeleton, targets=False, count=min(12, len(valid)))
     data.write_file(out / "predictions.png", drawn)
     print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
 
