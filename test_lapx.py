@@ -2682,6 +2682,31 @@ def test_a_file_that_computes_something_else_is_not_written(onnx_files, tmp_path
     assert status == 1 and "keypoints in the file differ" in text and not out.exists()
 
 
+def test_an_export_may_differ_by_what_float32_itself_loses(onnx_files, tmp_path, monkeypatch):
+    import onnx
+
+    folder, printed = onnx_files
+    differences = re.findall(r"largest difference (\S+) of the largest value", printed)
+    assert len(differences) == 2 and all(float(text) < 1e-5 for text in differences)
+    model = scrambled(TINY)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        single = torch.stack(model(images)).double()
+        double = torch.stack(copy.deepcopy(model).double()(images.double()))
+    expected = largest_difference(single, double)
+    assert export.rounding_of(model, images) == pytest.approx(expected) and 1e-8 < expected < 1e-5
+    monkeypatch.setattr(export, "to_onnx", lambda *arguments: onnx.load(folder / "plain.onnx"))
+    for error, rounding, written in ((9e-5, 1e-7, True), (1.1e-4, 1e-7, False),
+                                     (1.3e-4, 4.7e-5, True), (1.5e-4, 4.7e-5, False),
+                                     (float("nan"), 1.0, False), (1e-7, float("nan"), True)):
+        monkeypatch.setattr(export, "error_of", lambda *arguments: error)
+        monkeypatch.setattr(export, "rounding_of", lambda *arguments: rounding)
+        out = tmp_path / f"{error}{rounding}.onnx"
+        status, _ = run("export.py", "--weights", folder / "one.pt", "--plain", "--out", out,
+                        check=False)
+        assert (status == 0) == out.exists() == written, (error, rounding)
+
+
 def decode_to_pixels(heatmaps):
     points, scores = decode(heatmaps)
     return torch.cat([4 * points, scores[..., None]], 2)
