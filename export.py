@@ -507,10 +507,9 @@ def calibration_images(network, args, count=64):
                  for picture in pictures]
     elif dataset:
         people = data.load_people(dataset, args.data, DATASETS[dataset].splits[0], network.size,
-                                  network.skeleton)
-        rows = np.linspace(0, len(people) - 1, min(count, len(people))).astype(int)
+                                  network.skeleton, most=count)
         samples = data.PoseDataset(people, network.size, network.skeleton)
-        crops = [samples[row][1] for row in rows]
+        crops = [samples[row][1] for row in range(len(people))]
     else:
         raise InputError("--int8 needs pictures for its ranges; give --image with some")
     print(f"ranges from {plural(len(crops), 'picture')}")

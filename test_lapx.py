@@ -903,10 +903,32 @@ def test_missing_annotations_and_pictures_are_listed_with_where_to_get_them(mpii
         data.read_mpii(mpii, "trainval")
     (tmp_path / "annot").symlink_to(mpii / "annot")
     (tmp_path / "images").mkdir()
-    data.write_file(tmp_path / "images/5.jpg", "not a picture")
-    with pytest.raises(InputError, match=r"6 of the 6 pictures(?s:.)*0.jpg: there is no such file"
-                                         r"(?s:.)*\.\.\."):
+    with pytest.raises(InputError, match=r"6 of the 6 pictures of mpii split 'train' are not there:"
+                                         r"(?s:.)*images/0.jpg\n(?s:.)*\.\.\."):
         data.load_people("mpii", tmp_path, "train", (64, 64), MPII)
+    for number in range(5):
+        data.write_file(tmp_path / f"images/{number}.jpg", b"broken, which shows when it is opened")
+    with pytest.raises(InputError, match="1 of the 6 pictures (?s:.)*5.jpg$"):
+        data.load_people("mpii", tmp_path, "train", (64, 64), MPII)
+    data.write_file(tmp_path / "images/5.jpg", b"")
+    assert len(data.load_people("mpii", tmp_path, "train", (64, 64), MPII)) == 6
+
+
+def test_whether_all_pictures_are_there_is_one_listing_of_each_folder(tmp_path, monkeypatch):
+    names = [f"{folder}{number}.jpg" for folder in ("", "a/", "a/b/") for number in range(4)]
+    for name in names:
+        data.write_file(tmp_path / name, b"")
+    listings = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listings.append(path) or real(path))
+    monkeypatch.setattr(Path, "is_file", lambda path: pytest.fail("a file was looked at"))
+    assert data.missing_files(tmp_path, names) == [] and len(listings) == 3
+    monkeypatch.undo()
+    assert data.missing_files(tmp_path, [*names, "a/9.jpg", "c/1.jpg", "", "a/"]) == [
+        tmp_path / "a/9.jpg", tmp_path / "c/1.jpg", tmp_path, tmp_path / "a"]
+    # a file system that does not tell capitals from small letters
+    monkeypatch.setattr(Path, "is_file", lambda path: path.name.lower() == "1.jpg")
+    assert data.missing_files(tmp_path, ["a/1.JPG", "a/9.JPG"]) == [tmp_path / "a/9.JPG"]
 
 
 def test_train_and_valid_people_are_others_and_are_counted(mpii, capsys):
@@ -2648,6 +2670,8 @@ def test_the_ranges_of_an_8_bit_file_are_those_of_training_crops(weights, mpii):
         network = evaluate.open_network(weights[0], bgr=bgr)
         images = export.calibration_images(network, argparse.Namespace(data=mpii, image=None))
         assert torch.equal(images, data.normalise(crops, bgr))
+        three = export.calibration_images(network, argparse.Namespace(data=mpii, image=None), 3)
+        assert torch.equal(three, images[[0, 2, 5]])  # spread over the split
         folder = argparse.Namespace(data=None, image=[mpii / "images"])
         images = export.calibration_images(network, folder, count=3)
         whole = data.open_picture(sorted((mpii / "images").iterdir())[2])
