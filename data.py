@@ -899,6 +899,15 @@ def add_data_arguments(parser, dataset, size):
                        help=f"the network's input (default: {size})")
 
 
+def add_workers_argument(add):
+    """The flag for the number of loader processes. The processes of a machine share its CPUs."""
+    share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    default = max(0, min(16, share - 1)) if torch.cuda.is_available() else 1
+    add("--workers", type=number_from(0, cpu_count()), default=default, metavar="N",
+        help="loader processes (default: %(default)s; where there is a GPU, one less than CPUs, at "
+        "most 16, else 1)")
+
+
 def data_folder(given, dataset):
     """The folder of a data set: what --data gives, else data/DATASET."""
     if given and dataset == "synthetic":

@@ -41,17 +41,23 @@ def flip_back(heatmaps, order, shift=True):
     return heatmaps
 
 
-def predict(network, people, flip=True, shift=True, quarter_offset=True, batch_size=32, workers=0):
-    """Joints of People: (N,K,3) as x, y in pixels of the pictures, counted from 0, and score.
+def crop_loader(network, people, batch_size=32, workers=0):
+    """The crops of People in their order, for predict: made once where they are predicted again."""
+    samples = PoseDataset(people, network.size, network.skeleton)
+    batches = torch.utils.data.BatchSampler(range(len(people)), batch_size, drop_last=False)
+    return data.make_loader(samples, batches, workers, network.device.type == "cuda")
+
+
+def predict(network, loader, flip=True, shift=True, quarter_offset=True):
+    """Joints of the People in a crop_loader: (N,K,3) as x, y in pixels of the pictures, counted
+    from 0, and score.
 
     flip: the flip test, which averages the heatmaps of a crop and of its mirror image; shift,
     quarter_offset: see flip_back and lapx.decode. The protocol is the paper's and SimpleBaseline's.
     """
+    people = loader.dataset.people
     keypoints = np.zeros((len(people), len(network.skeleton.joints), 3))
-    samples = PoseDataset(people, network.size, network.skeleton)
     order = flip_order(network.skeleton)
-    batches = torch.utils.data.BatchSampler(range(len(people)), batch_size, drop_last=False)
-    loader = data.make_loader(samples, batches, workers, network.device.type == "cuda")
     for rows, crops, _, _ in data.progress(loader, "batches"):
         heatmaps = network(crops)[-1]  # (B,K,h,w)
         if flip:
@@ -434,9 +440,9 @@ def evaluate_dataset(args, network):
     # DIFFERS: boxes of COCO's persons. The paper's numbers are with a detector's boxes, ours are
     # with annotated ones unless --boxes names a file: about 2 AP more. The result line says which.
     boxes = "annotated (gt)" if args.boxes == "gt" else f"of {args.boxes}"
+    loader = crop_loader(network, people, args.batch_size, args.workers)
     for flip in [False, True] if args.both else [not args.no_flip]:
-        keypoints = predict(network, people, flip, not args.no_shift, not args.no_offset,
-                            args.batch_size, args.workers)
+        keypoints = predict(network, loader, flip, not args.no_shift, not args.no_offset)
         if people.truth:
             path = args.out / "results.json"
             data.write_file(path, json.dumps(coco_results(keypoints, people, network)))
@@ -490,7 +496,7 @@ def people_in_picture(network, picture, boxes, scores):
                            files=np.zeros(n, str), image_id=np.zeros(n, int))
 
 
-def predict_picture(network, picture, boxes=None, scores=None, **protocol):
+def predict_picture(network, picture, boxes=None, scores=None, batch_size=32, **protocol):
     """The persons in a Pillow picture, best first, doubles left out; each is a dictionary of plain
     types {"box": [x, y, width, height], "score": s, "joints": {name: [x, y, score], ...}}.
 
@@ -505,7 +511,7 @@ def predict_picture(network, picture, boxes=None, scores=None, **protocol):
         raise InputError("a box must be X Y W H, W and H above 0, and lie partly in the picture of "
                          f"{picture.width}x{picture.height}, not all of {boxes.tolist()[:5]} do")
     people = people_in_picture(network, picture, boxes, scores)
-    keypoints = predict(network, people, **protocol)
+    keypoints = predict(network, crop_loader(network, people, batch_size), **protocol)
     persons, kept = rescore(keypoints, people, network)
     return [{"box": boxes[row].tolist(), "score": float(persons[row]),
              "joints": dict(zip(network.skeleton.joints, keypoints[row].tolist()))} for row in kept]
@@ -650,8 +656,7 @@ def main():
     add("--split", help="default: valid, or val2017 for coco")
     add("--boxes", default="gt", metavar="gt|FILE", help="persons to look at: the annotated ones, "
         "or a person-detection JSON (default: %(default)s)")
-    add("--workers", type=data.number_from(0, data.cpu_count()), default=min(2, data.cpu_count()),
-        help="loader processes (default: %(default)s)")
+    data.add_workers_argument(add)
     add("--results", type=Path, metavar="FILE", help="score predictions made elsewhere: pred.mat "
         "(key preds, (N,16,2), 1-based) or COCO results.json")
     add("--annotations", metavar="JSON", help="COCO's, for --results")

@@ -1279,6 +1279,10 @@ def network_of(forward, size, name="mpii", **info):
     return evaluate.Network(forward, evaluate.model_info(name, SKELETONS[name], size) | info)
 
 
+def predicted(network, people, *protocol, **loading):
+    return evaluate.predict(network, evaluate.crop_loader(network, people, **loading), *protocol)
+
+
 def seeing(images):
     """A stub network that knows which side is which: heatmaps (B,16,h,w) of the dots of
     dotted_people. In a mirrored picture the dot of the right wrist is the left wrist's, as it is for
@@ -1303,7 +1307,7 @@ def seeing(images):
 @pytest.mark.parametrize("flip", [False, True])
 def test_predictions_lie_on_the_joints_also_with_the_flip_test(flip):
     people = dotted_people()
-    found = evaluate.predict(network_of(seeing, (128, 128)), people, flip=flip)
+    found = predicted(network_of(seeing, (128, 128)), people, flip)
     pixel = 200 * 1.25 / 32  # of the heatmap, in pixels of the picture
     assert np.abs(found[..., :2] - people.joints).max() < 0.6 * pixel
     # the mirrored map is a quarter of a pixel off, so that the mean of the two is a little lower
@@ -1319,7 +1323,7 @@ def test_prediction_is_the_published_protocol_step_by_step(flip, shift, offset):
     queue = [torch.from_numpy(rng.random((2, 16, 24, 16)).astype(np.float32)) for _ in range(4)]
     given = [maps.numpy() for maps in queue]
     network = network_of(lambda images: [queue.pop(0), queue.pop(0)], (96, 64))
-    found = evaluate.predict(network, people, flip, shift, offset)
+    found = predicted(network, people, flip, shift, offset)
     heatmaps = given[1]  # the last stage's
     if flip:
         mirrored = given[3][..., ::-1][:, partners(MPII)].copy()
@@ -1400,7 +1404,7 @@ def test_perfect_heatmaps_give_back_the_joints(size):
         inside[row] = ((joints >= 0) & (joints < torch.tensor([4 * w - 2, 4 * h - 2]))).all(1)
         queue.append(data.gaussian_targets(joints[None], visible[None], size)[0])
     network = network_of(lambda images: [queue.pop(0)], size)
-    found = evaluate.predict(network, people, flip=False, batch_size=1)
+    found = predicted(network, people, False, batch_size=1)
     pixels = 200 * people.scale / size[1]  # of the picture in one of the crop
     error = np.abs(found[..., :2] - people.joints).max(2)[people.visible & inside]
     assert error.max() < 2.6 * pixels.max()  # half a heatmap pixel, and the quarter offset
@@ -1410,7 +1414,7 @@ def test_perfect_heatmaps_give_back_the_joints(size):
 def test_predictions_do_not_depend_on_batches_and_processes(weights, mpii):
     network = evaluate.open_network(weights[0])
     people = data.read_mpii(mpii, "valid")
-    results = [evaluate.predict(network, people, batch_size=size, workers=workers)
+    results = [predicted(network, people, batch_size=size, workers=workers)
                for size, workers in ((1, 0), (4, 2), (6, 1))]
     assert np.allclose(results[0], results[1], atol=1e-4)
     assert np.allclose(results[0], results[2], atol=1e-4)
@@ -1419,7 +1423,7 @@ def test_predictions_do_not_depend_on_batches_and_processes(weights, mpii):
 def test_heatmaps_of_another_stride_or_number_of_joints_are_refused(mpii):
     network = network_of(lambda images: [torch.zeros(len(images), 16, 8, 8)], (64, 64))
     with pytest.raises(InputError, match=r"\(16, 8, 8\)\], not heatmaps \(16, 16, 16\)"):
-        evaluate.predict(network, data.read_mpii(mpii, "valid"))
+        predicted(network, data.read_mpii(mpii, "valid"))
 
 
 def out_of_gpu_memory():
@@ -1480,7 +1484,7 @@ def test_the_flags_of_the_protocol_have_their_effect_and_are_told(
     network = evaluate.open_network(weights[0])
     written = loadmat(str(tmp_path / "pred.mat"))["preds"]
     for protocol in itertools.product([True, False], repeat=3):
-        found = evaluate.predict(network, people, *protocol)[..., :2] + 1  # from 1, as MPII's are
+        found = predicted(network, people, *protocol)[..., :2] + 1  # from 1, as MPII's are
         same = protocol == expected or not protocol[0] and not expected[0] and protocol[2]
         assert np.allclose(written, found, atol=1e-3) == same, protocol
     assert {"--no-flip": "no flip test\n", "--no-shift": "flip test without shift\n",
@@ -2200,6 +2204,28 @@ def test_an_epoch_is_scored_by_the_average_precision_of_coco_people(tmp_path, mo
     assert last["info"]["dataset"] == "coco" and len(last["info"]["skeleton"]["joints"]) == 5
 
 
+def test_loaders_are_made_once_and_have_a_number_of_processes_that_follows_the_cpus(
+        mpii, tmp_path, monkeypatch):
+    made = []
+    make_loader = data.make_loader
+    monkeypatch.setattr(data, "make_loader", lambda dataset, *arguments: made.append(
+        len(dataset)) or make_loader(dataset, *arguments))
+    run("train.py", *arguments(mpii, tmp_path / "run", "--epochs", 2))
+    assert made == [6, 4] or made == [4, 6]
+
+    def default():
+        parser = argparse.ArgumentParser()
+        data.add_workers_argument(parser.add_argument)
+        return parser.parse_args([]).workers
+
+    assert default() == 1  # beside a CPU that computes
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for cpus, processes, workers in ((96, 1, 16), (16, 1, 15), (16, 4, 3), (1, 1, 0), (2, 4, 0)):
+        monkeypatch.setattr(data, "cpu_count", lambda: cpus)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert default() == workers
+
+
 def test_the_number_of_loader_processes_changes_nothing(finished, mpii, tmp_path):
     run("train.py", *arguments(mpii, tmp_path / "run", "--workers", 2))
     assert same_weights(finished[0], tmp_path / "run")
@@ -2434,8 +2460,8 @@ def test_a_loader_process_that_is_killed_gets_a_sentence(mpii, tmp_path):
         mpii, tmp_path / "run", "--workers", 1, "--epochs", 100))
     started.wait_for("   1/100")
     pid = started.process.pid
-    for task in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split():
-        os.kill(int(task), signal.SIGKILL)
+    worker, *_ = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
+    os.kill(int(worker), signal.SIGKILL)
     assert started.end(60) == 1
     assert "a loader process died" in started.printed() and "Traceback" not in started.printed()
 
@@ -2765,7 +2791,7 @@ def test_an_exported_file_predicts_what_the_checkpoint_predicts(onnx_files, mpii
     folder, _ = onnx_files
     people = data.read_mpii(mpii, "valid")
     tiny, fast, one, plain, int8 = (
-        evaluate.predict(evaluate.open_network(folder / name, "cpu"), people, batch_size=3)
+        predicted(evaluate.open_network(folder / name, "cpu"), people, batch_size=3)
         for name in ("tiny.pt", "fast.onnx", "one.pt", "plain.onnx", "int8.onnx"))
     assert np.allclose(plain, one, atol=1e-3) and np.allclose(fast, tiny, atol=1e-3)
     assert int8.shape == one.shape and not np.allclose(int8, one, atol=1e-3)

@@ -254,7 +254,7 @@ def main():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if trained and rank == 0:
+    if trained:
         report(*trained)
 
 
@@ -272,7 +272,8 @@ def agree(mine):
 
 
 def train(args, rank):
-    """The run, but for its report -> report's arguments, or None if there is nothing to report."""
+    """The run, but for its report -> in the first process what report takes, if there is something
+    to report."""
     args.device = evaluate.choose_device(args.device)
     world = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -364,6 +365,8 @@ def train(args, rank):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device, memory_format=data.memory_format(device))
     network = evaluate.Network(model, info, device)  # sets the precision, too
+    if rank == 0:
+        crops = evaluate.crop_loader(network, valid, batch_size, args.workers)
     # PAPER SILENT: Adam's other settings. PyTorch's: betas 0.9 and 0.999, no weight decay.
     optimiser = torch.optim.Adam(model.parameters(), recipe.lr, fused=True)
     history = []
@@ -410,8 +413,7 @@ def train(args, rank):
         if rank > 0:  # the first process's network is scored and saved
             continue
         model.eval()
-        keypoints = evaluate.predict(network, valid, flip=False, batch_size=batch_size,
-                                     workers=args.workers)
+        keypoints = evaluate.predict(network, crops, flip=False)
         metrics = evaluate.score(keypoints, valid, network)
         gammas = {f"gamma{stage}": module.gamma.item()
                   for stage, module in model.non_locals().items()}
@@ -433,17 +435,18 @@ def train(args, rank):
         data.write_file(out / "last.pt", content)
     # the group of processes ends after this function, as DistributedDataParallel must go before it:
     # else torch 2.13 waits for itself now and then, forever
-    return out, history, network, valid, best, batch_size, args.workers
+    return (out, history, best, network, crops) if rank == 0 else None
 
 
-def report(out, history, network, valid, best, batch_size, workers):
+def report(out, history, best, network, crops):
     """Scores the network of the last epoch without and with the flip test, and draws the run."""
     network.forward.eval()
+    valid = crops.dataset.people
     # PAPER SILENT: which epoch is scored. The last one; the best one would be picked by the
     # very people that it is scored on.
     height, width = network.size
     for flip in (False, True):
-        keypoints = evaluate.predict(network, valid, flip, batch_size=batch_size, workers=workers)
+        keypoints = evaluate.predict(network, crops, flip)
         evaluate.report(evaluate.score(keypoints, valid, network),
                         f"{network.info['dataset']}, {plural(len(valid), 'person')}, boxes "
                         f"annotated (gt),\ninput {height}x{width}, last epoch, "
@@ -518,10 +521,7 @@ def parse():
     add("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the one in --out, "
         "if there is one")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(0, data.cpu_count() // processes - 1) if torch.cuda.is_available() else 1
-    add("--workers", type=data.number_from(0, data.cpu_count()), default=workers,
-        help="loader processes (default: %(default)s, from the CPUs where there is a GPU, else 1)")
+    data.add_workers_argument(add)
     return parser.parse_args()
 
 
