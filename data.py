@@ -109,6 +109,7 @@ class PoseDataset(torch.utils.data.Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.mirrored = flip_order(skeleton)
+        self.opened = None, None  # the last picture: its id and itself, for others who are in it
 
     def __len__(self):
         return len(self.people)
@@ -123,7 +124,9 @@ class PoseDataset(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, epoch, row, 1))  # 1: not epoch_batches'
             factor, degrees, flip = draw_augmentation(rng, *self.augmentation)
         matrix = affine(people.center[row], people.scale[row] * factor, self.size, degrees, flip)
-        image = crop(people.picture(row), matrix, self.size)
+        if self.opened[0] != people.image_id[row]:
+            self.opened = people.image_id[row], people.picture(row)
+        image = crop(self.opened[1], matrix, self.size)
         joints = transform(people.joints[row], matrix).astype(np.float32)
         visible = people.visible[row].astype(np.float32)
         if flip:

@@ -59,6 +59,7 @@ def predict(network, loader, flip=True, shift=True, quarter_offset=True):
     keypoints = np.zeros((len(people), len(network.skeleton.joints), 3))
     order = flip_order(network.skeleton)
     for rows, crops, _, _ in data.progress(loader, "batches"):
+        crops = crops.to(network.device, non_blocking=True)
         heatmaps = network(crops)[-1]  # (B,K,h,w)
         if flip:
             mirrored = network(crops.flip(2))[-1]  # crops are (B,H,W,3)
@@ -182,6 +183,13 @@ def results_columns(entries, path, num_joints, category):
     return columns
 
 
+def rows_by_picture(image_ids):
+    """{image_id: its rows in their order}, in ascending order of the ids (N,)."""
+    order = np.argsort(image_ids, kind="stable")
+    pictures, start = np.unique(image_ids[order], return_index=True)
+    return dict(zip(pictures.tolist(), np.split(order, start[1:])))
+
+
 def coco_ap(file, entries, path, sigmas):
     """The ten numbers of COCO's keypoint task, equal to pycocotools: {AP, AP50, ..., ARL}.
 
@@ -204,9 +212,9 @@ def coco_ap(file, entries, path, sigmas):
     crowd = persons["iscrowd"] > 0
 
     pictures = []  # in which somebody may be found
-    for image in np.unique(results["image_id"]):
-        detections = np.flatnonzero(results["image_id"] == image)  # (D,)
-        people = np.flatnonzero(persons["image_id"] == image)  # (G,)
+    people_in = rows_by_picture(persons["image_id"])
+    for image, detections in rows_by_picture(results["image_id"]).items():  # detections (D,)
+        people = people_in.get(image, [])  # (G,)
         similarity = [object_keypoint_similarity(
             results["keypoints"][detections, :, :2], persons["keypoints"][row],
             persons["area"][row], persons["bbox"][row], np.asarray(sigmas)) for row in people]
@@ -397,11 +405,13 @@ def run_session(session, path, images):
 
 # ---------------------------------------------------------------------------- scoring a split
 
-def score(keypoints, people, network):
-    """Predictions (N,K,3) of a whole split, in pixels of the pictures -> {metric: value}."""
+def score(keypoints, people, network, results=None):
+    """Predictions (N,K,3) of a whole split, in pixels of the pictures -> {metric: value}. results:
+    of COCO people what coco_results made of them, if it did already."""
     if people.truth is None:
         return pckh(keypoints[..., :2], people.joints, people.visible, people.head_size)
-    results = coco_results(keypoints, people, network)
+    if results is None:
+        results = coco_results(keypoints, people, network)
     return coco_ap(people.truth, results, "the predictions", network.skeleton.sigmas)
 
 
@@ -443,9 +453,11 @@ def evaluate_dataset(args, network):
     loader = crop_loader(network, people, args.batch_size, args.workers)
     for flip in [False, True] if args.both else [not args.no_flip]:
         keypoints = predict(network, loader, flip, not args.no_shift, not args.no_offset)
+        results = None
         if people.truth:
+            results = coco_results(keypoints, people, network)
             path = args.out / "results.json"
-            data.write_file(path, json.dumps(coco_results(keypoints, people, network)))
+            data.write_file(path, json.dumps(results))
         else:
             path = args.out / "pred.mat"
             data.write_file(path, {"preds": keypoints[..., :2] + 1})  # MPII counts from 1
@@ -454,7 +466,7 @@ def evaluate_dataset(args, network):
             how = f"flip test {'without' if args.no_shift else 'with'} shift"
             how = (how if flip else "no flip test") + ", no quarter offset" * args.no_offset
             name = "metrics.json" if flip or not args.both else "metrics_no_flip.json"
-            report(score(keypoints, people, network), f"{dataset} {split}, "
+            report(score(keypoints, people, network, results), f"{dataset} {split}, "
                    f"{plural(len(people), 'person')}, boxes {boxes},\ninput "
                    f"{network.size[0]}x{network.size[1]}, {how}", people.head_source,
                    args.out / name)

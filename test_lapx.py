@@ -1338,6 +1338,34 @@ def test_prediction_is_the_published_protocol_step_by_step(flip, shift, offset):
         assert found[row, joint, 2] == pytest.approx(heatmaps[row, joint].max())
 
 
+def test_crops_are_mirrored_where_the_network_is():
+    seen = []
+
+    def stub(crops):
+        seen.append(crops)
+        return [torch.rand(len(crops), 16, 16, 16)]
+
+    stub.device = torch.device("meta")  # any device but the CPU
+    stub.size = (64, 64)
+    stub.skeleton = MPII
+    predicted(stub, dotted_people(), True)
+    assert [crops.device.type for crops in seen] == ["meta"] * 2
+
+
+def test_persons_of_one_picture_are_decoded_once(coco, monkeypatch):
+    people = data.read_coco(coco, "val2017")
+    expected = [data.crop(people.picture(row), affine(
+        people.center[row], people.scale[row], (64, 48)), (64, 48)) for row in range(6)]
+    opened = []
+    open_picture = data.open_picture
+    monkeypatch.setattr(data, "open_picture",
+                        lambda path: opened.append(path.name) or open_picture(path))
+    dataset = PoseDataset(people, (64, 48), COCO)
+    assert all(np.array_equal(dataset[row][1], expected[row]) for row in range(6))
+    assert opened == ["0.jpg", "1.jpg", "2.jpg"]
+    assert np.array_equal(dataset[1][1], expected[1]) and len(opened) == 4
+
+
 def test_a_network_sees_pictures_as_its_file_says():
     seen = []
     crops = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
@@ -1609,11 +1637,16 @@ def test_of_persons_of_an_oks_above_nine_tenths_the_better_stays(similarity, kep
     assert rows == kept + [2]  # the person on another picture stays
 
 
-def test_evaluating_coco_writes_what_the_server_takes(weights, coco, tmp_path):
+def test_evaluating_coco_writes_what_the_server_takes(weights, coco, tmp_path, monkeypatch):
     from pycocotools.coco import COCO as Reference
 
+    rescored = []
+    rescore = evaluate.rescore
+    monkeypatch.setattr(evaluate, "rescore",
+                        lambda *arguments: rescored.append(1) or rescore(*arguments))
     text = run("evaluate.py", "--weights", weights[1], "--dataset", "coco", "--data", coco,
                "--boxes", coco / "detections.json", "--out", tmp_path)
+    assert len(rescored) == 1  # once for the file and the score
     assert f"boxes of {coco / 'detections.json'}" in text
     metrics = data.read_json(tmp_path / "metrics.json")
     assert list(metrics) == ["AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL"]
