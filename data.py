@@ -18,7 +18,9 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -761,8 +763,8 @@ def read_json(path, object_hook=None):
 
 def write_file(path, content, new=False):
     """Writes bytes, text, or by the file's ending a Pillow picture (.png), arrays (.mat), what
-    torch.save takes (.pt), dictionaries with the same keys (.csv) or plain types (.json), all or
-    nothing: a crash, a full disk or a kill leaves the old file. new: refuses to replace one.
+    torch.save takes (.pt), dictionaries (.csv; their keys are the columns) or plain types (.json),
+    all or nothing: a crash, a full disk or a kill leaves the old file. new: refuses to replace one.
 
     Written beside it, brought to the disk, then renamed. The folder is made if need be."""
     path = Path(path)
@@ -779,13 +781,14 @@ def write_file(path, content, new=False):
         savemat(buffer, content)
     elif path.suffix == ".csv":
         text = io.StringIO()
-        table = csv.DictWriter(text, content[0], lineterminator="\n")
+        columns = dict.fromkeys(name for row in content for name in row)
+        table = csv.DictWriter(text, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(content)
         buffer.write(text.getvalue().encode())
     else:
         buffer.write((json.dumps(content, indent=1) + "\n").encode())
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # no other process's
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if new:
@@ -796,8 +799,7 @@ def write_file(path, content, new=False):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        if part.exists() and not isinstance(error, FileExistsError):  # else it is the other's
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise InputError(f"{path} can't be written ({error.strerror}); what was there before is "
                          "untouched") from error
 
@@ -808,12 +810,17 @@ def plural(count, noun, ending="s"):
 
 
 def progress(items, what):
-    """The items, one by one, while a line of the terminal, if there is one, shows how many went."""
+    """The items, one by one, while a line of the terminal shows how many went; where there is none,
+    a file of logs gets a line a minute."""
+    told = time.monotonic()
     for done, item in enumerate(items, start=1):
         yield item
         if sys.stderr.isatty():
             end = "\r" if done < len(items) else f"\r{'':60}\r"
             print(f"  {done}/{len(items)} {what} ", end=end, file=sys.stderr, flush=True)
+        elif time.monotonic() - told > 60:
+            told = time.monotonic()
+            print(f"  {done}/{len(items)} {what}", file=sys.stderr, flush=True)
 
 
 def cpu_count():
@@ -824,12 +831,15 @@ def cpu_count():
 # What some faults mean to a user, by how they begin: these have no other cause. What was raised in
 # a loader process ("Caught ...") keeps its traceback, for those who extend a reader.
 SENTENCES = {
-    r"\w*MemoryError: (?!Caught)|RuntimeError: \[enforce fail at alloc_cpu": "the memory does not "
-    "suffice; choose a smaller --batch-size or --input",
-    "ValueError: Expected more than 1 value per channel": "BatchNorm can't train on a single value "
-    "per channel; choose a larger --batch-size or --input",
-    r"RuntimeError: DataLoader worker \(pid": "a loader process died, often for want of memory; try "
-    "again with fewer --workers (train.py goes on with --resume auto)",
+    r"\w*MemoryError: (?!Caught)|RuntimeError: \[enforce fail at alloc_cpu":
+    "the memory does not suffice; choose a smaller --batch-size or --input, or for train.py a larger "
+    "--accumulate, which a resumed run takes, too",
+    "ValueError: Expected more than 1 value per channel":
+    "BatchNorm can't train on a single value per channel; choose a larger --batch-size or --input, "
+    "or a smaller --accumulate",
+    r"RuntimeError: DataLoader worker \(pid":
+    "a loader process died, often for want of memory; try again with fewer --workers (train.py goes "
+    "on with --resume auto)",
 }
 
 
@@ -907,8 +917,8 @@ def add_workers_argument(add):
     share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     default = max(0, min(16, share - 1)) if torch.cuda.is_available() else 1
     add("--workers", type=number_from(0, cpu_count()), default=default, metavar="N",
-        help="loader processes (default: %(default)s; where there is a GPU, one less than CPUs, at "
-        "most 16, else 1)")
+        help="loader processes (default: %(default)s; where there is a GPU, one less than the "
+        "CPUs, at most 16, else 1)")
 
 
 def data_folder(given, dataset):

@@ -695,14 +695,16 @@ def dotted_people(seed=0, skeleton=MPII):
     rng = np.random.default_rng(seed)
     K = len(skeleton.joints)
     cells = rng.permutation(24)[:K]  # of 6 by 4
-    joints = np.column_stack([cells % 6 * 26 + 35, cells // 6 * 28 + 38]) + rng.uniform(-5, 5, (K, 2))
+    joints = np.column_stack([cells % 6 * 26 + 35, cells // 6 * 28 + 38])
+    joints = joints + rng.uniform(-5, 5, (K, 2))
     picture = Image.fromarray(np.kron(QUARTERS, np.ones((80, 100, 1))).astype(np.uint8))
     for joint, colour in zip(joints, COLOURS.tolist()):
         ImageDraw.Draw(picture).circle(tuple(joint), 7, tuple(colour))
     visible = np.array([name != "right wrist" for name in skeleton.joints])
     return data.People(
-        source=picture, files=np.array(["", ""]), image_id=np.zeros(2, int), joints=np.array([joints] * 2),
-        center=np.array([[100., 80]] * 2), scale=np.array([1.25, 1.25]), visible=np.array([visible] * 2),
+        source=picture, files=np.array(["", ""]), image_id=np.zeros(2, int),
+        center=np.array([[100., 80]] * 2), scale=np.array([1.25, 1.25]),
+        joints=np.array([joints] * 2), visible=np.array([visible] * 2),
         score=np.ones(2), head_size=np.full(2, 20.))
 
 
@@ -738,7 +740,7 @@ def test_augmentation_enlarges_and_turns_the_box_within_its_limits():
     unchanged = PoseDataset(people, (128, 128), MPII)[0][2].numpy()
 
     def changes(augmentation):
-        """How many times larger the unflipped samples of 300 epochs are, and by what angle turned."""
+        """How many times larger the unflipped samples of 300 epochs are, and how far turned."""
         dataset = PoseDataset(people, (128, 128), MPII, augmentation)
         samples = [dataset[epoch, 0][2].numpy() for epoch in range(300)]
         vectors = np.array([joints[9] - joints[6] for joints in samples
@@ -758,7 +760,8 @@ def test_augmentation_enlarges_and_turns_the_box_within_its_limits():
 
 def test_samples_vary_with_seed_epoch_and_person_and_repeat_themselves():
     people = dotted_people()
-    joints = {(seed, epoch, row): PoseDataset(people, (64, 64), MPII, (0.25, 40), seed)[epoch, row][2]
+    datasets = [PoseDataset(people, (64, 64), MPII, (0.25, 40), seed) for seed in range(2)]
+    joints = {(seed, epoch, row): datasets[seed][epoch, row][2]
               for seed, epoch, row in itertools.product(range(2), repeat=3)}
     for one, other in itertools.combinations(joints, 2):
         assert not torch.allclose(joints[one], joints[other], atol=0.01), (one, other)
@@ -850,7 +853,8 @@ def test_mpii_reader_adjusts_center_and_scale_and_counts_from_zero(tmp_path):
              "joints": [[11, 21]] * 15 + [[-1, -1]], "joints_vis": [1] * 15 + [0]}
     for name in ("annot/valid.json", "annotations/mpii_val.json"):  # HRNet's and mmpose's names
         root = tmp_path / name[:6]
-        data.write_file(root / name, [entry, {**entry, "center": [-1, -1], "image": "b.jpg"}, entry])
+        other = {**entry, "center": [-1, -1], "image": "b.jpg"}
+        data.write_file(root / name, [entry, other, entry])
         people = data.read_mpii(root, "valid")
         assert people.center.tolist() == [[99, 79], [-2, -2], [99, 79]]
         assert people.scale.tolist() == [2.5, 2, 2.5]
@@ -989,7 +993,7 @@ def test_ids_are_whole_numbers_up_to_2_to_the_53(id, coco, tmp_path):
     for wrong in (2**53 + 1, id + 0.5, float("nan"), -2**60):
         content["annotations"][-1]["id"] = wrong
         data.write_file(path, content)
-        with pytest.raises(InputError, match=r"person 6, counted .* not a whole number below 2\^53"):
+        with pytest.raises(InputError, match=r"person 6, .* not a whole number below 2\^53"):
             data.read_coco(tmp_path, "val2017")
 
 
@@ -1154,7 +1158,8 @@ def test_pictures_are_put_side_by_side_row_by_row():
     tiles = [Image.new("RGB", (10, 6), (number, 0, 0)) for number in range(5)]
     sheet = data.grid(tiles, columns=3, gap=2)
     assert sheet.size == (3 * 12 + 2, 2 * 8 + 2)
-    assert [sheet.getpixel((5 + 12 * (n % 3), 4 + 8 * (n // 3)))[0] for n in range(5)] == [*range(5)]
+    for n in range(5):
+        assert sheet.getpixel((5 + 12 * (n % 3), 4 + 8 * (n // 3))) == (n, 0, 0)
 
 
 def test_axes_have_room_for_every_value():
@@ -1187,9 +1192,36 @@ def test_progress_is_shown_on_a_terminal(capsys, monkeypatch):
     assert "2/3 steps" in capsys.readouterr().err
 
 
+def test_progress_is_a_line_a_minute_in_a_file_of_logs(capsys, monkeypatch):
+    now = [0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for _ in data.progress(range(20), "steps"):
+        now[0] += 25
+    assert capsys.readouterr().err.splitlines() == [
+        "  3/20 steps", "  6/20 steps", "  9/20 steps", "  12/20 steps", "  15/20 steps",
+        "  18/20 steps"]
+    assert list(data.progress(range(3), "steps")) == [0, 1, 2] and not capsys.readouterr().err
+
+
 def test_counts_are_told_in_the_singular_and_the_plural():
     assert data.plural(1, "person") == "1 person" and data.plural(0, "person") == "0 persons"
     assert data.plural(2, "box", "es") == "2 boxes"
+
+
+def test_two_processes_that_write_one_file_do_not_share_its_unfinished_part(tmp_path, monkeypatch):
+    names = []
+    replace_file = os.replace
+
+    def slow_replace(part, path):  # another process writes the same file before this one is done
+        names.append(part)
+        if len(names) == 1:
+            data.write_file(tmp_path / "a.json", [2])
+        replace_file(part, path)
+
+    monkeypatch.setattr(os, "replace", slow_replace)
+    data.write_file(tmp_path / "a.json", [1])
+    assert len(set(names)) == 2 and data.read_json(tmp_path / "a.json") == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -1221,7 +1253,8 @@ def test_pckh_counts_errors_of_exactly_half_a_head(tmp_path):
              for j in range(16)]
     percent = [100 * np.mean(row) for row in right]
     for column in ("Shoulder", "Elbow", "Wrist", "Hip", "Knee", "Ankle"):
-        sides = [percent[MPII.joints.index(f"{side} {column.lower()}")] for side in ("left", "right")]
+        sides = [percent[MPII.joints.index(f"{side} {column.lower()}")]
+                 for side in ("left", "right")]
         assert scores[column] == pytest.approx(np.mean(sides)), column
     assert scores["Head"] == pytest.approx(percent[MPII.joints.index("head top")])
     assert scores["Mean"] == pytest.approx(100 * np.mean(sum(right[:6] + right[8:], [])))
@@ -1285,8 +1318,8 @@ def predicted(network, people, *protocol, **loading):
 
 def seeing(images):
     """A stub network that knows which side is which: heatmaps (B,16,h,w) of the dots of
-    dotted_people. In a mirrored picture the dot of the right wrist is the left wrist's, as it is for
-    a network that looks at people. A picture that is upside down is refused."""
+    dotted_people. In a mirrored picture the dot of the right wrist is the left wrist's, as it is
+    for a network that looks at people. A picture that is upside down is refused."""
     heatmaps = torch.zeros(len(images), 16, images.shape[2] // 4, images.shape[3] // 4)
     for image, maps in zip(images, heatmaps):
         pixels = 255 * (image.permute(1, 2, 0).numpy() * (0.229, 0.224, 0.225)
@@ -1515,8 +1548,9 @@ def test_the_flags_of_the_protocol_have_their_effect_and_are_told(
         found = predicted(network, people, *protocol)[..., :2] + 1  # from 1, as MPII's are
         same = protocol == expected or not protocol[0] and not expected[0] and protocol[2]
         assert np.allclose(written, found, atol=1e-3) == same, protocol
-    assert {"--no-flip": "no flip test\n", "--no-shift": "flip test without shift\n",
-            "--no-offset": "with shift, no quarter offset\n"}.get(*flags or [0], "with shift\n") in text
+    told = {"--no-flip": "no flip test\n", "--no-shift": "flip test without shift\n",
+            "--no-offset": "with shift, no quarter offset\n"}
+    assert told.get(*flags or [""], "with shift\n") in text
 
 
 def test_bgr_networks_see_blue_first(weights, mpii, tmp_path):
@@ -2123,8 +2157,9 @@ def test_a_run_prints_and_writes_what_it_should(finished, mpii):
         "best.pt", "curve.png", "last.pt", "log.csv", "predictions.png", "recipe.json"]
     with open(out / "log.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "lr", "loss", "gamma1", *evaluate.PCKH_COLUMNS, "Mean",
-                             "Mean@0.1", "images_per_second", "waiting", "seconds", "precision"]
+    assert list(rows[0]) == ["epoch", "lr", "loss", "gamma1", "images_per_second", "waiting",
+                             "seconds", "precision", "accumulate", *evaluate.PCKH_COLUMNS, "Mean",
+                             "Mean@0.1"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([3e-4, 3e-4, 3e-4, 7.5e-5])
     recipe = data.read_json(out / "recipe.json")["recipe"]
@@ -2274,7 +2309,7 @@ def test_a_killed_run_resumes_to_the_very_same_weights(finished, mpii, tmp_path)
         time.sleep(rng.uniform(0, 0.3))
         started.process.kill()  # SIGKILL, while it trains, evaluates or saves
         assert started.end() == -signal.SIGKILL
-    data.write_file(out / ".last.pt.part", "half of a file")
+    data.write_file(out / ".last.pt.0a1b.part", "half of a file")
     run("train.py", *arguments(mpii, out, "--resume", "auto"))
     assert same_weights(finished[0], out)
     assert len((out / "log.csv").read_text("utf-8").splitlines()) == 5
@@ -2304,6 +2339,7 @@ def test_a_resumed_run_keeps_its_recipe_and_its_folder(finished, mpii, tmp_path)
             (["--resume", finished[0] / "best.pt"], "best.pt must be a last.pt of train.py"),
             (["--resume", finished[0] / "last.pt", "--out", tmp_path / "b"], "copy the folder"),
             (["--resume", "auto", "--epochs", 5], "is a run with epochs 4"),
+            (["--resume", "auto", "--batch-size", 2], "is a run with batch_size 3"),
             (["--resume", "auto", "--variant", "lap"], "is a run with variant tiny")):
         code, text = run("train.py", *arguments(mpii, finished[0], *more), check=False)
         assert code == 1 and complaint in text and "Traceback" not in text
@@ -2324,7 +2360,7 @@ def test_of_two_runs_started_together_one_gets_the_folder(tmp_path):
 def shortened(finished, folder):
     """A copy of a finished run that looks as if it had been stopped before its last epoch."""
     saved = lapx.load_file(finished / "last.pt")
-    torch.save({**saved, "history": saved["history"][:3]}, folder / "last.pt")
+    torch.save({**saved, "history": saved["history"][:-1]}, folder / "last.pt")
     shutil.copy(finished / "recipe.json", folder)
 
 
@@ -2391,6 +2427,69 @@ def test_two_processes_train_save_and_score_one_network_and_every_person_once(mp
     for line in text.splitlines():  # the four persons' scores are those of the saved network
         if line.strip()[:1].isdigit():
             assert line in printed[0]
+
+
+def test_two_processes_learn_what_one_learns_from_a_batch_in_two_parts(mpii, tmp_path):
+    flags = ["--batch-size", 4, "--epochs", 1, "--precision", "float32"]  # one step
+    two_processes(tmp_path, arguments(mpii, tmp_path / "two", *flags))
+    # here BatchNorm sees half a batch as well
+    text = run("train.py", *arguments(mpii, tmp_path / "one", *flags, "--accumulate", 2))
+    assert "images/s" in text
+    one, two = (lapx.load_file(tmp_path / f"{name}/last.pt") for name in ("one", "two"))
+    assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-5)
+    for number, state in one["optimiser"]["state"].items():
+        found = two["optimiser"]["state"][number]["exp_avg"]
+        expected = state["exp_avg"]
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max() + 1e-9)
+    assert one["model"]["stem.bn.num_batches_tracked"] == 2  # parts
+    assert {int(state["step"]) for state in one["optimiser"]["state"].values()} == {1}
+
+
+def test_a_batch_in_parts_without_batchnorm_is_the_batch(mpii, tmp_path, monkeypatch):
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", without_norm)
+    flags = ["--batch-size", 6, "--epochs", 1, "--precision", "float32"]
+    for parts in (1, 3):
+        run("train.py", *arguments(mpii, tmp_path / str(parts), *flags, "--accumulate", parts))
+    one, three = (lapx.load_file(tmp_path / f"{parts}/last.pt") for parts in (1, 3))
+    assert three["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-5)
+    for number, state in one["optimiser"]["state"].items():
+        found = three["optimiser"]["state"][number]["exp_avg"]
+        expected = state["exp_avg"]
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max())
+    text = run("train.py", *arguments(mpii, tmp_path / "four", *flags, "--accumulate", 4))
+    assert "batches of 4, not 6: there are 6 persons, 1 process and --accumulate 4" in text
+    code, text = run("train.py", *arguments(mpii, tmp_path / "7", *flags, "--accumulate", 7),
+                     check=False)
+    assert code == 1 and "too few for 1 process and --accumulate 7" in text
+
+
+def test_a_resumed_run_may_change_what_cures_it(mpii, tmp_path):
+    run("train.py", *arguments(mpii, tmp_path / "run", "--epochs", 2, "--batch-size", 6,
+                               "--precision", "float32"))
+    shortened(tmp_path / "run", tmp_path)
+    text = run("train.py", "--resume", tmp_path / "last.pt", "--accumulate", 3, "--precision",
+               "tf32", "--workers", 0, "--device", "cpu")
+    assert "the recipe changes: accumulate 1 -> 3" in text
+    history = lapx.load_file(tmp_path / "last.pt")["history"]
+    assert [row["accumulate"] for row in history] == [1, 3]
+    assert [row["precision"] for row in history] == ["float32", "tf32"]
+
+
+def test_epochs_are_scored_as_often_as_one_wishes_and_the_last_one_always(
+        finished, mpii, tmp_path):
+    out = tmp_path / "run"
+    text = run("train.py", *arguments(mpii, out, "--eval-every", 3))
+    history = lapx.load_file(out / "last.pt")["history"]
+    assert ["Mean" in row for row in history] == [False, False, True, True]
+    assert same_weights(finished[0], out)
+    scores = [line.split()[4] for line in text.splitlines() if re.match(r" +\d/4 ", line)]
+    assert scores[:2] == ["-", "-"] and scores[2:] == [f"{row['Mean']:.2f}" for row in history[2:]]
+    with open(out / "log.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["Mean"] == "" for row in rows] == [True, True, False, False]
+    assert [row["loss"] != "" for row in rows] == [True] * 4 and (out / "curve.png").exists()
+    best = max((row for row in history if "Mean" in row), key=lambda row: row["Mean"])
+    assert lapx.load_file(out / "best.pt")["metrics"]["Mean"] == best["Mean"]
 
 
 def test_two_processes_that_are_not_about_to_do_the_same_are_refused(finished, mpii, tmp_path):

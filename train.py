@@ -104,8 +104,9 @@ def epoch_batches(persons, batch_size, seed, epoch, rank=0, world=1):
     share of the process `rank` of `world`."""
     # PAPER SILENT: the last, incomplete batch. Left out; who is left out changes every epoch.
     order = np.random.default_rng((seed, epoch)).permutation(persons)
-    return [[(epoch, row) for row in order[start + rank:start + batch_size:world].tolist()]
-            for start in range(0, persons - batch_size + 1, batch_size)]
+    share = batch_size // world
+    return [[(epoch, row) for row in order[start:start + share].tolist()]
+            for start in range(rank * share, persons // batch_size * batch_size, batch_size)]
 
 
 def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
@@ -123,26 +124,28 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     start = time.perf_counter()
     requested = start
     waited = 0.0
+    n = recipe.accumulate  # parts of a batch, one after the other; BatchNorm sees a part alone
     for step, (_, crops, joints, visible) in enumerate(data.progress(loader, "steps")):
         waited += time.perf_counter() - requested
-        images = normalise(crops.to(device, non_blocking=True))  # (B,3,H,W)
-        joints = joints.to(device, non_blocking=True)  # (B,K,2)
-        visible = visible.to(device, non_blocking=True)  # (B,K)
-        targets, weights = gaussian_targets(joints, visible, recipe.input)
         gamma = gamma_at(epoch + step / steps, recipe.gamma_warmup, recipe.gamma_ramp,
                          model.config.gamma_target)
         frozen = schedule_gamma(model, optimiser, gamma)
 
         optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            outputs = wrapped(images)  # S x (B,K,h,w)
-        loss = heatmap_loss(outputs, targets, weights)
-        loss.backward()
+        for crops, joints, visible in zip(crops.chunk(n), joints.chunk(n), visible.chunk(n)):
+            images = normalise(crops.to(device, non_blocking=True))  # (B,3,H,W)
+            joints = joints.to(device, non_blocking=True)  # (B,K,2)
+            visible = visible.to(device, non_blocking=True)  # (B,K)
+            targets, weights = gaussian_targets(joints, visible, recipe.input)
+            with torch.autocast(device.type, torch.bfloat16, recipe.precision == "bfloat16"):
+                outputs = wrapped(images)  # S x (B,K,h,w)
+            loss = heatmap_loss(outputs, targets, weights) / n
+            loss.backward()  # gradients add up
+            losses[step] += loss.detach()
         for parameter in frozen:
             parameter.grad = None
         optimiser.step()
 
-        losses[step] = loss.detach()
         if (step + 1) % 50 == 0 or step + 1 == steps:  # reading a loss makes a GPU wait
             bad = (~losses.isfinite()).nonzero().flatten().tolist()
             if bad:
@@ -155,13 +158,15 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world > 1:
         dist.all_reduce(losses)
-    return losses.mean().item() / world, steps * len(images) * world / seconds, waited / seconds
+    speed = steps * n * len(crops) * world / seconds
+    return losses.mean().item() / world, speed, waited / seconds
 
 
 # ---------------------------------------------------------------------------- recipe and checkpoint
 
-# What a resumed run may change: the folder may move, and the others cure a loss that diverges.
-CHANGEABLE = ("data", "lr", "precision")
+# What a resumed run may change: the folder may move, a lower lr and float32 cure a loss that
+# diverges, and a larger accumulate a lack of memory.
+CHANGEABLE = ("data", "lr", "precision", "accumulate")
 
 
 def default_recipe(dataset):
@@ -170,7 +175,7 @@ def default_recipe(dataset):
     return dict(dataset=dataset, data="", splits=list(known.splits), skeleton=known.skeleton,
                 input=list(known.size), variant="lapx", **RECIPES[dataset],
                 scale=known.augmentation[0], rotation=known.augmentation[1],
-                precision="auto", compile=False, seed=0, overfit=0, init="")
+                precision="auto", compile=False, accumulate=1, seed=0, overfit=0, init="")
 
 
 def fast_precision(device):
@@ -230,9 +235,8 @@ def restore(path, model, optimiser):
                 raise ValueError("its shapes are not the parameters'")
         where.entry = "history"
         history = saved["history"]
-        names = {"epoch"}.union(*history) - {"precision"}
         for row in history:
-            for name in names:
+            for name in {"epoch", "lr", "loss", "seconds"}.union(row) - {"precision"}:
                 float(row[name])  # fails if it is missing or no number
     return history
 
@@ -336,13 +340,16 @@ def train(args, rank):
         valid = None
         if rank == 0:  # the first process scores for all
             valid = data.load_people(recipe.dataset, recipe.data, recipe.splits[1], size, skeleton)
-    batch_size = min(recipe.batch_size, len(people)) // world * world
+    parts = world * recipe.accumulate  # of a batch, of one size
+    batch_size = min(recipe.batch_size, len(people)) // parts * parts
     if not batch_size:
         raise InputError(f"{plural(len(people), 'person')} in batches of {recipe.batch_size} are "
-                         f"too few for {plural(world, 'process', 'es')}")
+                         f"too few for {plural(world, 'process', 'es')} and --accumulate "
+                         f"{recipe.accumulate}")
     if batch_size != recipe.batch_size:
-        print(f"batches of {batch_size}: there are {plural(len(people), 'person')} and "
-              f"{plural(world, 'process', 'es')}")
+        print(f"batches of {batch_size}, not {recipe.batch_size}: there are "
+              f"{plural(len(people), 'person')}, {plural(world, 'process', 'es')} and --accumulate "
+              f"{recipe.accumulate}")
     batches = []  # the loader's; refilled for each epoch
     samples = PoseDataset(people, size, skeleton, augmentation, recipe.seed)
     if args.show:
@@ -399,6 +406,8 @@ def train(args, rank):
         print(f"  {key:18} {value}")
     if rank == 0:
         data.write_file(out / "recipe.json", {"recipe": vars(recipe), "facts": facts}, not resumed)
+        for part in out.glob(".*.part"):  # of a run that was killed while it wrote
+            part.unlink()
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, as SIGTERM does
     print(f"if it is stopped, go on with: python train.py --resume auto --out {out}")
@@ -412,23 +421,28 @@ def train(args, rank):
                                            device)
         if rank > 0:  # the first process's network is scored and saved
             continue
-        model.eval()
-        keypoints = evaluate.predict(network, crops, flip=False)
-        metrics = evaluate.score(keypoints, valid, network)
+        metrics = {}
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == recipe.epochs:
+            model.eval()
+            keypoints = evaluate.predict(network, crops, flip=False)
+            metrics = evaluate.score(keypoints, valid, network)
         gammas = {f"gamma{stage}": module.gamma.item()
                   for stage, module in model.non_locals().items()}
         row = {"epoch": epoch + 1, "lr": optimiser.param_groups[0]["lr"], "loss": loss,
-               **gammas, **metrics, "images_per_second": speed, "waiting": waiting,
-               "seconds": time.monotonic() - start, "precision": recipe.precision}
+               **gammas, "images_per_second": speed, "waiting": waiting,
+               "seconds": time.monotonic() - start, "precision": recipe.precision,
+               "accumulate": recipe.accumulate, **metrics}
         history.append(row)
-        shown = metrics[best] * (100 if best == "AP" else 1)  # percent
-        left = round((recipe.epochs - epoch - 1) * row["seconds"])
+        percent = 100 if best == "AP" else 1
+        shown = f"{percent * metrics[best]:.2f}" if metrics else "-"
+        seconds = np.mean([row["seconds"] for row in history[-args.eval_every:]])
+        left = round((recipe.epochs - epoch - 1) * seconds)
         gammas = " ".join(f"{gamma:.3f}" for gamma in gammas.values()) or "-"
         print(f"{epoch + 1:4}/{recipe.epochs:<3} {row['lr']:8.2e} {gammas:>11} {loss:9.5f} "
-              f"{shown:8.2f} {speed:8.1f} {waiting:7.1%} "
+              f"{shown:>8} {speed:8.1f} {waiting:7.1%} "
               f"{left // 3600:4}:{left // 60 % 60:02}:{left % 60:02}", flush=True)
         content = {"info": info, "model": model.state_dict()}
-        if not any(row[best] > metrics[best] for row in history):
+        if metrics and not any(row.get(best, -1) > metrics[best] for row in history):
             data.write_file(out / "best.pt", content | {"epoch": epoch + 1, "metrics": metrics})
         data.write_file(out / "log.csv", history)
         content |= {"history": history, "optimiser": optimiser.state_dict()}
@@ -470,12 +484,15 @@ def draw_curve(history, score):
     draw = ImageDraw.Draw(picture)
     epochs = [row["epoch"] for row in history]
     for number, (title, names) in enumerate(panels.items()):
-        curves = np.nan_to_num([[row[name] for row in history] for name in names])
+        # not every epoch is scored
+        curves = [[(row["epoch"], np.nan_to_num(row[name])) for row in history if name in row]
+                  for name in names]
+        values = [value for curve in curves for _, value in curve]
         place = data.draw_axes(draw, (70, 240 * number + 30, 700, 240 * number + 190), epochs,
-                               [*curves.flat, 0], "epoch", title)
+                               [*values, 0], "epoch", title)
         for index, (name, curve) in enumerate(zip(names, curves)):
             colour = (data.RIGHT, data.LEFT, data.MIDDLE)[index % 3]
-            points = [place(x, y) for x, y in zip(epochs, curve)]
+            points = [place(x, y) for x, y in curve]
             draw.line(points, colour, 2)
             for point in points:
                 draw.circle(point, 2, colour)
@@ -494,7 +511,7 @@ def parse():
     data.add_data_arguments(parser, "synthetic, drawn on the fly",
                             "256x256 for mpii, 256x192 for coco, 128x128 for synthetic")
     add = parser.add_argument_group(
-        "recipe (--resume keeps it, but for --lr and --precision)").add_argument
+        "recipe (--resume keeps it, but for --lr, --precision, --accumulate)").add_argument
     add("--variant", help="a row of Table 3", choices=VARIANTS, metavar="NAME")
     add("--splits", nargs=2, metavar=("TRAIN", "VALID"))
     add("--epochs", type=data.number_from(1), metavar="N",
@@ -510,6 +527,8 @@ def parse():
         "CUDA, bfloat16 on CPUs that compute in it")
     add("--compile", action="store_true", default=None, help="torch.compile: minutes to start, "
         "then faster steps; CUDA graphs on a GPU")
+    add("--accumulate", type=data.number_from(1), metavar="N",
+        help="each batch in N parts, for want of memory; BatchNorm sees a part alone")
     add("--seed", type=data.number_from(0), help="of everything random")
     add("--overfit", type=data.number_from(1), metavar="N",
         help="train on N pictures and score on the same: a check of a setup")
@@ -520,6 +539,8 @@ def parse():
     add("--show", type=Path, metavar="PNG", help="only draw a sheet of samples with their targets")
     add("--resume", metavar="auto|FILE", help="go on from a last.pt; auto: from the one in --out, "
         "if there is one")
+    add("--eval-every", type=data.number_from(1), default=1, metavar="N",
+        help="score after every N epochs and after the last (default: 1)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     data.add_workers_argument(add)
     return parser.parse_args()
