@@ -16,11 +16,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import data  # before torch, which reads what data sets
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-import data
 from data import (DATASETS, PoseDataset, affine, flip_order, normalise, people_in_boxes, plural,
                   read_columns, transform)
 from lapx import (LAPX, MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, decode, from_checkpoint,

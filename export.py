@@ -28,6 +28,8 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
+import data  # before torch, which reads what data sets
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -36,7 +38,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
 
-import data
 import evaluate
 from data import DATASETS, normalise, plural
 from lapx import (ECA, LAPX, SKELETONS, STRIDE, Block, InputError, SpatialAttention, Stage, Stem,

@@ -28,6 +28,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import time
@@ -547,6 +548,24 @@ def test_the_two_ways_that_the_readme_names_are_at_most_six_pages_in_reading_ord
             assert [node.lineno for node in named] == sorted(node.lineno for node in named)
             lines += named[-1].end_lineno - named[0].lineno + 1
         assert 100 < lines <= 6 * 50
+
+
+@pytest.mark.parametrize("script", ["data", "train", "evaluate", "export"])
+@pytest.mark.parametrize("given, found", [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "x"}, "x")])
+def test_threads_are_told_to_sleep_before_torch_is_loaded(script, given, found):
+    code = f"""
+import os, sys
+class Finder:
+    def find_spec(name, *others):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Finder)
+import {script}"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment | given,
+                          capture_output=True, encoding="utf-8")
+    assert done.stdout.strip() == found, done.stderr
 
 
 def test_every_package_that_is_imported_is_a_dependency_and_no_other_packages_name_is_taken():

@@ -23,13 +23,14 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import data  # before torch, which reads what data sets
+
 import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch import nn
 
-import data
 import evaluate
 from data import DATASETS, PoseDataset, gaussian_targets, normalise, plural
 from lapx import SKELETONS, VARIANTS, InputError, lapx, load_file, load_fitting, reading
