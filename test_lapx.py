@@ -18,7 +18,6 @@ import ast
 import contextlib
 import copy
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -87,23 +86,23 @@ def run(script, *arguments, check=True):
     return printed.getvalue() if check else (status, printed.getvalue())
 
 
-def in_child(log, script, commands, environment):
+def in_child(log, commands, environment):
     sys.stdout = sys.stderr = open(log, "w", encoding="utf-8", buffering=1)
     os.environ.update(environment)
-    for arguments in commands:
+    for script, *arguments in commands:
         call(script, arguments)
 
 
 class Started:
-    """A process of its own in which a script runs once for each of `commands`, lists of arguments;
-    it writes to the file `log` what it prints."""
+    """A process of its own in which `commands`, lists of a script and its arguments, run one after
+    the other; it writes to the file `log` what they print."""
 
-    def __init__(self, log, script, *commands, **environment):
+    def __init__(self, log, *commands, **environment):
         # a fork has torch loaded already; where there is none (Windows), a process loads it
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
         self.log = log
         self.process = multiprocessing.get_context(method).Process(
-            target=in_child, args=(log, script, commands, environment))
+            target=in_child, args=(log, commands, environment))
         self.process.start()
 
     def printed(self):
@@ -214,38 +213,6 @@ def weights(tmp_path_factory):
 
 
 # ---------------------------------------------------------------------------- lapx.py: the network
-
-@functools.cache
-def count(config, height, width):
-    return lapx.count(config, height, width)
-
-
-def test_counts_agree_with_every_figure_of_the_paper():
-    assert {name for name, *_ in lapx.PRINTED} == set(VARIANTS)
-    for name, height, width, joints, millions, gigaflops in lapx.PRINTED:
-        # the value to which training raises gamma costs nothing
-        config = replace(VARIANTS[name], num_joints=joints, gamma_target=0.2)
-        cost = count(config, height, width)
-        assert f"{cost.thop_parameters / 1e6:.2f}" == millions
-        assert gigaflops in ("", f"{cost.thop_flops / 1e9:.2f}"), (name, height, width)
-
-
-@pytest.mark.parametrize("variant, parameters, gigamacs", [
-    ("lapx", 2311111, 3.3446), ("lap", 2338570, 3.6063), ("row1", 2297120, 3.6050),
-    ("row2", 2258720, 3.3423), ("row3", 2253709, 3.2279), ("row4", 2230160, 3.1282),
-    ("row5", 2275238, 3.3435), ("row6", 2259035, 3.3435), ("row7", 2266832, 3.3423),
-    ("row8", 2267147, 3.3435), ("row9", 2259140, 3.3439), ("row10", 2267252, 3.3439)])
-def test_true_parameters_and_multiply_adds(variant, parameters, gigamacs):
-    cost = count(VARIANTS[variant], 256, 256)
-    assert (cost.parameters, round(cost.multiply_adds / 1e9, 4)) == (parameters, gigamacs)
-
-
-def test_the_table_of_variants_is_printed_as_counted(monkeypatch):
-    monkeypatch.setattr(lapx, "PRINTED", lapx.PRINTED[1:2])
-    monkeypatch.setattr(lapx, "count", count)
-    line = run("lapx.py").splitlines()[-1].replace("|", " ").split()
-    assert line == "lapx 256x192 17 3 208 2312154 2304040 2.30 2.5117 2.59 2.59".split()
-
 
 def test_rows_11_to_14_differ_in_the_gamma_that_training_aims_at():
     rows = [VARIANTS[f"row{number}"] for number in (11, 12, 13, 14)]
@@ -1942,25 +1909,6 @@ def test_a_broken_picture_ends_in_a_sentence(mpii, tmp_path):
     assert refused(read, 60) > 40
 
 
-def test_a_broken_onnx_file_ends_in_a_sentence(onnx_files, tmp_path):
-    import onnx
-
-    content = (onnx_files[0] / "plain.onnx").read_bytes()
-    model = onnx.load(onnx_files[0] / "plain.onnx")
-    info = json.loads(model.metadata_props[0].value)
-
-    def read_bytes(rng):
-        (tmp_path / "a.onnx").write_bytes(damaged(content, rng))
-        evaluate.open_network(tmp_path / "a.onnx")
-
-    def read_info(rng):
-        onnx.helper.set_model_props(model, {"lapx": json.dumps(broken(info, rng))})
-        onnx.save(model, tmp_path / "b.onnx")
-        evaluate.open_network(tmp_path / "b.onnx")
-
-    assert refused(read_bytes, 20) > 15 and refused(read_info, 20) > 3
-
-
 def test_json_that_is_nested_too_deep_gets_a_sentence(tmp_path):
     data.write_file(tmp_path / "deep.json", "[" * 100000)
     with pytest.raises(InputError, match="deep.json must be JSON"):
@@ -2322,8 +2270,8 @@ def test_a_killed_run_resumes_to_the_very_same_weights(finished, mpii, tmp_path)
     rng = np.random.default_rng(time.time_ns())
     out = tmp_path / "run"
     for epoch in (1, 2, 3):
-        started = Started(tmp_path / f"{epoch}.txt", "train.py", arguments(
-            mpii, out, "--resume", "auto"))
+        started = Started(tmp_path / f"{epoch}.txt", ["train.py", *arguments(
+            mpii, out, "--resume", "auto")])
         started.wait_for(f"   {epoch}/4")
         time.sleep(rng.uniform(0, 0.3))
         started.process.kill()  # SIGKILL, while it trains, evaluates or saves
@@ -2339,7 +2287,7 @@ def test_a_killed_run_resumes_to_the_very_same_weights(finished, mpii, tmp_path)
 def test_a_signal_ends_a_run_at_once_and_the_command_to_go_on_is_there(
         number, finished, mpii, tmp_path):
     out = tmp_path / "run"
-    started = Started(tmp_path / "log.txt", "train.py", arguments(mpii, out))
+    started = Started(tmp_path / "log.txt", ["train.py", *arguments(mpii, out)])
     started.wait_for("   1/4")
     os.kill(started.process.pid, number)
     assert started.end(20) == -number and "Traceback" not in started.printed()
@@ -2407,7 +2355,7 @@ def two_processes(folder, *commands, status=0):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = [Started(folder / f"{rank}.txt", "train.py", commands[rank % len(commands)],
+    started = [Started(folder / f"{rank}.txt", ["train.py", *commands[rank % len(commands)]],
                        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)) for rank in range(2)]
     assert started[0].end() == status, started[0].printed()
@@ -2607,8 +2555,8 @@ def test_a_picture_that_breaks_during_training_stops_it_with_its_path(workers, m
 
 
 def test_a_loader_process_that_is_killed_gets_a_sentence(mpii, tmp_path):
-    started = Started(tmp_path / "log.txt", "train.py", arguments(
-        mpii, tmp_path / "run", "--workers", 1, "--epochs", 100))
+    started = Started(tmp_path / "log.txt", ["train.py", *arguments(
+        mpii, tmp_path / "run", "--workers", 1, "--epochs", 100)])
     started.wait_for("   1/100")
     pid = started.process.pid
     worker, *_ = Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()
@@ -2722,7 +2670,7 @@ def test_samples_are_drawn_without_a_run(mpii, tmp_path):
 
 def test_overfitting_scores_the_pictures_it_trains_on(mpii, tmp_path):
     text = run("train.py", *arguments(mpii, tmp_path / "run", "--overfit", 2, "--epochs", 1))
-    assert "overfitting 2 persons, unaugmented" in text and "batches of 2:" in text
+    assert "overfitting 2 persons, unaugmented" in text and "batches of 2, not 3:" in text
     assert "1/1" in text and "1 epochs" not in text
 
 
@@ -2790,32 +2738,71 @@ def test_elu_in_8_bits_is_elu_to_a_step_and_a_half():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def started_exports(request, mpii, tmp_path_factory):
-    """A folder with tiny.pt and its fast.onnx, one.pt and its plain.onnx and int8.onnx, cbam.pt and
-    its cbam.onnx in 8 bits; and the process that writes the ONNX files while other tests run."""
-    if not any("onnx_files" in item.fixturenames for item in request.session.items):
+def started(request, mpii, tmp_path_factory):
+    """What takes long is done by another process while the other tests run: `python lapx.py`, and
+    in a folder with tiny.pt, one.pt and cbam.pt the ONNX files of onnx_files."""
+    if not any({"onnx_files", "table"} & {*item.fixturenames} for item in request.session.items):
         yield None  # no test that was chosen needs them
         return
     folder = tmp_path_factory.mktemp("onnx")
     for name, config in (("tiny", TINY), ("one", ONE_STAGE), ("cbam", CBAM)):
         torch.save({"model": scrambled(config).state_dict(),
                     "info": evaluate.model_info("mpii", MPII, (64, 96))}, folder / f"{name}.pt")
-    exports = Started(folder / "log.txt", "export.py", *(
-        ["--weights", folder / f"{checkpoint}.pt", "--out", folder / f"{name}.onnx", *flags]
-        for name, checkpoint, *flags in (
+    process = Started(folder / "log.txt", ["lapx.py"], *(
+        ["export.py", "--weights", folder / f"{checkpoint}.pt", "--out", folder / f"{name}.onnx",
+         *flags] for name, checkpoint, *flags in (
             ("plain", "one", "--plain"), ("fast", "tiny", "--keypoints", "--all-stages"),
             ("int8", "one", "--int8", "--bgr", "--data", mpii, "--batch", "2"),
             ("cbam", "cbam", "--int8", "--image", mpii / "images"))))
-    yield folder, exports
-    exports.process.kill()
+    yield folder, process
+    process.process.kill()
 
 
 @pytest.fixture(scope="session")
-def onnx_files(started_exports):
-    """The folder of started_exports, when all is there, and what was printed."""
-    folder, exports = started_exports
-    assert exports.end(300) == 0, exports.printed()
-    return folder, exports.printed()
+def onnx_files(started):
+    """The folder with plain.onnx and int8.onnx of one.pt, fast.onnx of tiny.pt and cbam.onnx, in 8
+    bits, of cbam.pt; and what was printed."""
+    folder, process = started
+    assert process.end(300) == 0, process.printed()
+    return folder, process.printed()
+
+
+@pytest.fixture(scope="session")
+def table(started):
+    """The rows of `python lapx.py`: {(variant, input, joints): the other columns}."""
+    _, process = started
+    process.wait_for("row14")
+    process.wait_for("opset")  # the line is whole
+    lines = process.printed().split("opset")[0].splitlines()[2:]
+    rows = [line.replace("|", " ").split() for line in lines if re.match("lap|row", line)]
+    return {(name, size, joints): columns for name, size, joints, *columns in rows}
+
+
+def test_counts_agree_with_every_figure_of_the_paper(table):
+    assert {name for name, *_ in table} == {*VARIANTS}
+    for row, (_, _, _, thop_parameters, printed, _, thop_flops, *printed_flops) in table.items():
+        assert f"{int(thop_parameters) / 1e6:.2f}" == printed, row
+        assert printed_flops in ([], [thop_flops]), row
+    paper = {("lapx", "256x256", "16"): ["2.30", "3.45"],
+             ("lapx", "256x192", "17"): ["2.30", "2.59"],
+             ("lapx", "384x288", "17"): ["2.30", "5.82"],
+             ("lap", "256x256", "16"): ["2.34", "3.70"]}
+    assert {row: [columns[4], columns[-1]] for row, columns in table.items()
+            if len(columns) == 8} == paper
+    millions = "2.30 2.26 2.25 2.23 2.28 2.26 2.26 2.26 2.26 2.26 2.30 2.30 2.30 2.30".split()
+    assert [table[f"row{row}", "256x256", "16"][4] for row in range(1, 15)] == millions
+
+
+@pytest.mark.parametrize("variant, stages, channels, parameters, gigamacs", [
+    ("lapx", 3, 208, 2311111, 3.3446), ("lap", 2, 256, 2338570, 3.6063),
+    ("row1", 2, 256, 2297120, 3.6050), ("row2", 3, 208, 2258720, 3.3423),
+    ("row3", 4, 180, 2253709, 3.2279), ("row4", 5, 160, 2230160, 3.1282),
+    ("row5", 3, 208, 2275238, 3.3435), ("row6", 3, 208, 2259035, 3.3435),
+    ("row7", 3, 208, 2266832, 3.3423), ("row8", 3, 208, 2267147, 3.3435),
+    ("row9", 3, 208, 2259140, 3.3439), ("row10", 3, 208, 2267252, 3.3439)])
+def test_true_parameters_and_multiply_adds(variant, stages, channels, parameters, gigamacs, table):
+    columns = table[variant, "256x256", "16"]
+    assert [*map(int, columns[:3]), float(columns[5])] == [stages, channels, parameters, gigamacs]
 
 
 @pytest.mark.parametrize("name, context", [("int8", {"query", "key", "value", "out"}),
@@ -2911,6 +2898,25 @@ def test_an_export_may_differ_by_what_float32_itself_loses(onnx_files, tmp_path,
 def decode_to_pixels(heatmaps):
     points, scores = decode(heatmaps)
     return torch.cat([4 * points, scores[..., None]], 2)
+
+
+def test_a_broken_onnx_file_ends_in_a_sentence(onnx_files, tmp_path):
+    import onnx
+
+    content = (onnx_files[0] / "plain.onnx").read_bytes()
+    model = onnx.load(onnx_files[0] / "plain.onnx")
+    info = json.loads(model.metadata_props[0].value)
+
+    def read_bytes(rng):
+        (tmp_path / "a.onnx").write_bytes(damaged(content, rng))
+        evaluate.open_network(tmp_path / "a.onnx")
+
+    def read_info(rng):
+        onnx.helper.set_model_props(model, {"lapx": json.dumps(broken(info, rng))})
+        onnx.save(model, tmp_path / "b.onnx")
+        evaluate.open_network(tmp_path / "b.onnx")
+
+    assert refused(read_bytes, 20) > 15 and refused(read_info, 20) > 3
 
 
 def test_an_exported_file_says_how_to_use_it(onnx_files):
