@@ -347,7 +347,8 @@ def test_same_function_as_the_authors_network(variant, tmp_path):
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in
                                      ("row11", "row12", "row13", "row14")])
 def test_variant_and_joints_are_read_from_the_shapes_of_the_authors_names(variant):
-    ours = LAPX(replace(VARIANTS[variant], num_joints=17)).state_dict()
+    with torch.device("meta"):  # shapes alone
+        ours = LAPX(replace(VARIANTS[variant], num_joints=17)).state_dict()
     names = authors_tensors(VARIANTS[variant])
     assert sorted(translated(name, ours) for name in names) == sorted(ours)
     tensors = lapx.find_weights({name: ours[translated(name, ours)] for name in names}, "file")
@@ -2702,7 +2703,8 @@ def largest_difference(found, expected):
 @pytest.mark.parametrize("form", [export.folded, export.fast, export.byte_form])
 @pytest.mark.parametrize("variant", ["lapx", "lap", "row3", "row5", "row9"])
 def test_each_form_for_export_is_the_same_function(form, variant):
-    model = scrambled(VARIANTS[variant]).double()
+    config = VARIANTS[variant]
+    model = scrambled(replace(config, channels=config.channels // 4)).double()
     images = torch.randn(2, 3, 64, 80, dtype=torch.float64)
     with torch.no_grad():
         expected = model(images)
