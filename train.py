@@ -125,7 +125,7 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     start = time.perf_counter()
     requested = start
     waited = 0.0
-    n = recipe.accumulate  # parts of a batch, one after the other; BatchNorm sees a part alone
+    parts = recipe.accumulate  # of a batch, one after the other; BatchNorm sees a part alone
     for step, (_, crops, joints, visible) in enumerate(data.progress(loader, "steps")):
         waited += time.perf_counter() - requested
         gamma = gamma_at(epoch + step / steps, recipe.gamma_warmup, recipe.gamma_ramp,
@@ -133,14 +133,15 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
         frozen = schedule_gamma(model, optimiser, gamma)
 
         optimiser.zero_grad(set_to_none=True)
-        for crops, joints, visible in zip(crops.chunk(n), joints.chunk(n), visible.chunk(n)):
+        for crops, joints, visible in zip(crops.chunk(parts), joints.chunk(parts),
+                                          visible.chunk(parts)):
             images = normalise(crops.to(device, non_blocking=True))  # (B,3,H,W)
             joints = joints.to(device, non_blocking=True)  # (B,K,2)
             visible = visible.to(device, non_blocking=True)  # (B,K)
             targets, weights = gaussian_targets(joints, visible, recipe.input)
             with torch.autocast(device.type, torch.bfloat16, recipe.precision == "bfloat16"):
                 outputs = wrapped(images)  # S x (B,K,h,w)
-            loss = heatmap_loss(outputs, targets, weights) / n
+            loss = heatmap_loss(outputs, targets, weights) / parts
             loss.backward()  # gradients add up
             losses[step] += loss.detach()
         for parameter in frozen:
@@ -159,7 +160,7 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world > 1:
         dist.all_reduce(losses)
-    speed = steps * n * len(crops) * world / seconds
+    speed = steps * parts * len(crops) * world / seconds
     return losses.mean().item() / world, speed, waited / seconds
 
 
