@@ -837,14 +837,14 @@ def cpu_count():
 # a loader process ("Caught ...") keeps its traceback, for those who extend a reader.
 SENTENCES = {
     r"\w*MemoryError: (?!Caught)|RuntimeError: \[enforce fail at alloc_cpu":
-    "the memory does not suffice; choose a smaller --batch-size or --input, or for train.py a larger "
-    "--accumulate, which a resumed run takes, too",
+    "the memory does not suffice; choose a smaller --batch-size or --input, or for train.py a "
+    "larger --accumulate, which a resumed run takes, too",
     "ValueError: Expected more than 1 value per channel":
     "BatchNorm can't train on a single value per channel; choose a larger --batch-size or --input, "
     "or a smaller --accumulate",
     r"RuntimeError: DataLoader worker \(pid":
-    "a loader process died, often for want of memory; try again with fewer --workers (train.py goes "
-    "on with --resume auto)",
+    "a loader process died, often for want of memory; try again with fewer --workers (train.py "
+    "goes on with --resume auto)",
 }
 
 

@@ -293,7 +293,7 @@ def node_calls(path, feed, threads=1, runs=1, **settings):
                                         profile_file_prefix=prefix, **settings)
         for _ in range(runs):
             session.run(None, feed)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     return [event["args"] | {"dur": event["dur"]} for event in events
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
 
@@ -360,7 +360,7 @@ def cpu_name():
     """The processor's name, as the system tells it."""
     told = ""
     if sys.platform == "linux":
-        told = Path("/proc/cpuinfo").read_text()
+        told = Path("/proc/cpuinfo").read_text("utf-8")
     elif sys.platform == "darwin":
         told = subprocess.run(["sysctl", "machdep.cpu.brand_string"], text=True,
                               capture_output=True).stdout

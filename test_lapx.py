@@ -238,6 +238,17 @@ def test_fresh_weights_are_pytorchs_but_for_alpha_and_gamma_which_are_0():
             assert module.bias is None or 0 < module.bias.abs().max() <= limit, name
 
 
+def test_joints_are_in_the_order_of_the_published_annotations():
+    mpii = ("r ankle, r knee, r hip, l hip, l knee, l ankle, pelvis, thorax, upper neck, head top, "
+            "r wrist, r elbow, r shoulder, l shoulder, l elbow, l wrist")
+    names = re.sub(r"\br\b", "right", re.sub(r"\bl\b", "left", mpii))
+    assert MPII.joints == tuple(names.split(", "))
+    coco = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
+            "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
+            "right_ankle")
+    assert COCO.joints == tuple(name.replace("_", " ") for name in coco.split())
+
+
 @pytest.mark.parametrize("skeleton", [MPII, COCO])
 def test_left_and_right_joints_are_partners_by_name_and_limbs_have_mirror_images(skeleton):
     order = partners(skeleton)
@@ -368,6 +379,14 @@ def test_state_dict_is_found_wherever_it_lies_and_prefixes_are_dropped(tmp_path)
     assert loaded.config == TINY
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(),
                                                  model.state_dict().values()))
+
+
+def test_weights_of_16_bits_become_a_network_of_32(tmp_path):
+    model = LAPX(TINY).half()
+    torch.save(model.state_dict(), tmp_path / "half.pt")
+    loaded = lapx.lapx(weights=tmp_path / "half.pt")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.stem.conv.weight, model.stem.conv.weight.float())
 
 
 @pytest.mark.parametrize("change, complaint", [
@@ -634,6 +653,7 @@ def decode_slowly(heatmap, offset):
 def test_decoding_ties_borders_and_empty_maps(offset):
     heatmaps = torch.randint(-2, 3, (40, 5, 6, 7), generator=torch.manual_seed(0)).float()
     heatmaps[0, 0] = -1
+    heatmaps[1].clamp_(max=0)  # a peak of 0 is none
     keypoints, scores = decode(heatmaps, offset)
     for map, point in zip(heatmaps.flatten(0, 1).numpy(), keypoints.flatten(0, 1).numpy()):
         assert tuple(point) == decode_slowly(map, offset)
@@ -1051,7 +1071,7 @@ def test_detections_belong_to_pictures_by_file_name_or_by_id(coco, tmp_path, cap
     assert "of 5 boxes 2 of no picture here and 1 of no size left out" in capsys.readouterr().out
 
 
-def test_synthetic_people_are_the_same_for_the_same_seed_and_partly_outside():
+def test_synthetic_people_are_the_same_for_the_same_seed_others_in_valid_and_partly_outside():
     entry, picture = figure(3, 4)
     again, other = figure(3, 4)
     assert entry == again and picture.tobytes() == other.tobytes()
@@ -1062,6 +1082,10 @@ def test_synthetic_people_are_the_same_for_the_same_seed_and_partly_outside():
     whole = people.visible.all(1)
     share = np.ptp(people.joints[whole], axis=1).max(1) / (200 * people.scale[whole])
     assert 0.8 < share.mean() < 1  # of the box's width
+    others = data.read_synthetic(None, "valid")
+    seen = {joints.tobytes() for joints in people.joints}
+    assert not any(joints.tobytes() in seen for joints in others.joints)
+    assert people.picture(0).tobytes() != others.picture(0).tobytes()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
@@ -2319,6 +2343,18 @@ def test_a_resumed_run_keeps_its_recipe_and_its_folder(finished, mpii, tmp_path)
     assert same_weights(finished[0], out)
 
 
+def test_what_a_resumed_run_may_change_is_told_and_all_else_is_refused(finished, capsys):
+    path = finished[0] / "recipe.json"
+    recipe = data.read_json(path)["recipe"]
+    for name in train.default_recipe("mpii"):
+        if name in ("data", "lr", "precision", "accumulate"):
+            assert train.read_recipe(path, {name: "other"}) == recipe | {name: "other"}
+            assert f"the recipe changes: {name} {recipe[name]} -> other" in capsys.readouterr().out
+        else:
+            with pytest.raises(InputError, match=f"is a run with {name} .* and keeps it"):
+                train.read_recipe(path, {name: "other"})
+
+
 def test_of_two_runs_started_together_one_gets_the_folder(tmp_path):
     data.write_file(tmp_path / "run/recipe.json", {"recipe": 1}, new=True)
     with pytest.raises(InputError, match=r"recipe.json can't be written \(File exists\)"):
@@ -2445,7 +2481,7 @@ def test_a_resumed_run_may_change_what_cures_it(mpii, tmp_path):
 
 
 def test_epochs_are_scored_as_often_as_one_wishes_and_the_last_one_always(
-        finished, mpii, tmp_path):
+        finished, mpii, tmp_path, monkeypatch):
     out = tmp_path / "run"
     text = run("train.py", *arguments(mpii, out, "--eval-every", 3))
     history = lapx.load_file(out / "last.pt")["history"]
@@ -2459,6 +2495,9 @@ def test_epochs_are_scored_as_often_as_one_wishes_and_the_last_one_always(
     assert [row["loss"] != "" for row in rows] == [True] * 4 and (out / "curve.png").exists()
     best = max((row for row in history if "Mean" in row), key=lambda row: row["Mean"])
     assert lapx.load_file(out / "best.pt")["metrics"]["Mean"] == best["Mean"]
+    monkeypatch.setattr(evaluate, "score", lambda *given: {"Mean": 0.5})  # as low as it may be
+    run("train.py", *arguments(mpii, tmp_path / "low", "--epochs", 3, "--eval-every", 2))
+    assert lapx.load_file(tmp_path / "low/best.pt")["metrics"] == {"Mean": 0.5}
 
 
 def test_two_processes_that_are_not_about_to_do_the_same_are_refused(finished, mpii, tmp_path):
@@ -2576,6 +2615,11 @@ def test_fine_tuning_takes_every_layer_that_fits_and_names_the_others(weights, t
                        "stages.1.head.bias"]
     loaded = lapx.lapx(weights=weights[0])
     assert torch.equal(model.stem.conv.weight, loaded.stem.conv.weight)
+    broken = loaded.state_dict()
+    broken["stem.conv.weight"][0, 0, 0, 0] = np.nan
+    torch.save(broken, tmp_path / "broken.pt")
+    with pytest.raises(InputError, match="broken.pt: stem.conv.weight has NaN"):
+        lapx.load_fitting(model, tmp_path / "broken.pt")
     with pytest.raises(InputError, match="no layer of the shape of one of this network"):
         lapx.load_fitting(LAPX(replace(TINY, channels=208)), weights[0])
 
@@ -2633,7 +2677,7 @@ def test_no_step_waits_for_the_gpu():
     device = torch.device("cuda")
     model = LAPX(TINY).to(device)
     optimiser = torch.optim.Adam(model.parameters(), fused=True)
-    recipe = argparse.Namespace(**train.default_recipe("mpii"), )
+    recipe = argparse.Namespace(**train.default_recipe("mpii"))
     recipe.input = (64, 64)
     crops = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).pin_memory()
     joints = torch.ones(2, 16, 2).pin_memory()
@@ -2670,10 +2714,20 @@ def test_samples_are_drawn_without_a_run(mpii, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_overfitting_scores_the_pictures_it_trains_on(mpii, tmp_path):
+def test_overfitting_scores_the_pictures_it_trains_on_as_they_are(mpii, tmp_path, monkeypatch):
+    learnt = []
+    scored = []
+    for seen, module in ((learnt, train), (scored, evaluate)):
+        monkeypatch.setattr(module, "normalise", lambda crops, *given, seen=seen: (
+            seen.append(crops) or data.normalise(crops, *given)))
     text = run("train.py", *arguments(mpii, tmp_path / "run", "--overfit", 2, "--epochs", 1))
     assert "overfitting 2 persons, unaugmented" in text and "batches of 2, not 3:" in text
     assert "1/1" in text and "1 epochs" not in text
+    dataset = PoseDataset(data.read_mpii(mpii, "train"), (64, 64), MPII)
+    expected = [dataset[row][1] for row in range(2)]
+    assert all(torch.equal(crops, torch.stack(expected)) for crops in scored[:2])
+    assert len(learnt) == 1  # in any order
+    assert sorted(learnt[0].tolist()) == sorted(crop.tolist() for crop in expected)
 
 
 # ---------------------------------------------------------------------------- export.py
@@ -2958,6 +3012,21 @@ def test_an_exported_file_predicts_what_the_checkpoint_predicts(onnx_files, mpii
     text = run("evaluate.py", "--weights", folder / "fast.onnx", "--dataset", "mpii",
                "--data", mpii, "--out", tmp_path)
     assert "input 64x96" in text and "Mean@0.1" in text
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 10])
+def test_a_file_of_a_fixed_batch_gives_each_picture_its_outputs(count):
+    class Session:  # stands in for ONNX Runtime's, of a file made with --batch 4
+        def get_inputs(self):
+            return [argparse.Namespace(name="images", shape=[4, 3, 64, 64])]
+
+        def run(self, names, feed):
+            assert feed["images"].shape == (4, 3, 64, 64)
+            return [feed["images"], -feed["images"]]
+
+    images = torch.rand(count, 3, 64, 64)
+    same, negative = evaluate.run_session(Session(), "4.onnx", images)
+    assert torch.equal(same, images) and torch.equal(negative, -images)
 
 
 def test_keypoints_in_the_file_are_those_of_decode_in_pixels_of_the_input(onnx_files):

@@ -190,7 +190,7 @@ def fast_precision(device):
     cpu = Path("/proc/cpuinfo")
     known = device == "cpu" and cpu.exists()
     return "bfloat16" if known and re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b",
-                                             cpu.read_text()) else "float32"
+                                             cpu.read_text("utf-8")) else "float32"
 
 
 def new_recipe(given):
