@@ -2563,8 +2563,13 @@ def test_epochs_are_scored_as_often_as_one_wishes_and_the_last_one_always(
     best = max((row for row in history if "Mean" in row), key=lambda row: row["Mean"])
     assert lapx.load_file(out / "best.pt")["metrics"]["Mean"] == best["Mean"]
     monkeypatch.setattr(evaluate, "score", lambda *given: {"Mean": 0.5})  # as low as it may be
-    run("train.py", *arguments(mpii, tmp_path / "low", "--epochs", 3, "--eval-every", 2))
+    clock = iter([0, 10, 10, 40, 40, 60])  # the three epochs take 10, 30 and 20 seconds
+    monkeypatch.setattr(train, "time", argparse.Namespace(
+        perf_counter=time.perf_counter, monotonic=lambda: next(clock)))
+    text = run("train.py", *arguments(mpii, tmp_path / "low", "--epochs", 3, "--eval-every", 2))
     assert lapx.load_file(tmp_path / "low/best.pt")["metrics"] == {"Mean": 0.5}
+    left = [line.split()[-1] for line in text.splitlines() if re.match(r" +\d/3 ", line)]
+    assert left == ["0:00:20", "0:00:20", "0:00:00"]  # by the mean of the last two epochs
 
 
 def test_two_processes_that_are_not_about_to_do_the_same_are_refused(finished, mpii, tmp_path):
@@ -2846,6 +2851,17 @@ def test_making_a_form_for_export_leaves_the_network_as_it_was():
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_file_gives_the_last_stage_or_all_of_them_and_their_keypoints():
+    model = scrambled(TINY)
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        first, last = model(images)
+        for all_stages, keypoints in itertools.product([False, True], repeat=2):
+            found = export.Outputs(model, all_stages, keypoints)(images)
+            expected = [first] * all_stages + [last] + [decode_to_pixels(last)] * keypoints
+            assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 def test_the_fast_elu_is_elu_for_every_number():
