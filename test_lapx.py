@@ -1609,8 +1609,9 @@ def random_coco(rng, kind):
             score = rng.integers(0, 4) / 4 if kind == "ties" else rng.random()
             results.append({"image_id": image["id"], "category_id": 1, "score": float(score),
                             "keypoints": found.ravel().tolist()})
-            if kind == "boxes":
-                results[-1]["bbox"] = [0, 0, *rng.uniform(5, 200, 2).tolist()]
+            if kind == "boxes":  # now and then of an area where medium begins or ends
+                sides = [rng.choice([32, 96])] * 2 if rng.random() < 0.2 else rng.uniform(5, 200, 2)
+                results[-1]["bbox"] = [0, 0, *map(float, sides)]
     if kind == "an id twice" and len(annotations) > 3:
         annotations[1]["id"] = annotations[0]["id"]
     return {"images": images, "annotations": annotations, "info": {},
@@ -1818,6 +1819,20 @@ def test_bare_weights_are_taken_for_what_their_name_and_shapes_say(
     assert network.size == size and network.skeleton == SKELETONS[dataset]
     assert network.info["colour"] == "RGB"
     assert f"taken for {dataset}'s and {size[0]}x{size[1]}" in capsys.readouterr().out
+
+
+def test_bare_weights_of_other_joints_need_to_be_told_which(tmp_path):
+    torch.save(LAPX(replace(TINY, num_joints=5)).state_dict(), tmp_path / "five.pt")
+    with pytest.raises(InputError, match="five.pt must be a network that tells .* --skeleton NAME"):
+        evaluate.open_network(tmp_path / "five.pt")
+
+
+def test_scores_are_told_in_percent_and_no_score_as_minus_one(tmp_path, capsys):
+    evaluate.report({"AP": 0.5, "APM": -1.0}, "what was scored", "", tmp_path / "metrics.json")
+    assert capsys.readouterr().out.splitlines()[-2].split() == ["50.00", "-1.00"]
+    evaluate.report({"Head": np.nan, "Mean": 50.0}, "", "of a kind", tmp_path / "metrics.json")
+    assert data.read_json(tmp_path / "metrics.json") == {"Head": None, "Mean": 50}
+    assert "half a head size, of a kind;" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, complaint", [
@@ -2186,6 +2201,9 @@ def test_a_run_prints_and_writes_what_it_should(finished, mpii):
                              "Mean@0.1"]
     assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([3e-4, 3e-4, 3e-4, 7.5e-5])
+    told = [line.split()[1:5] for line in text.splitlines() if re.match(r" +\d/4 ", line)]
+    assert told == [[f"{float(row['lr']):.2e}", f"{float(row['gamma1']):.3f}",
+                     f"{float(row['loss']):.5f}", f"{float(row['Mean']):.2f}"] for row in rows]
     recipe = data.read_json(out / "recipe.json")["recipe"]
     assert recipe["milestones"] == [2.1, 3, 3.5, 3.8] and recipe["rotation"] == 40
     assert max(map(len, text[text.index("   epoch"):].splitlines()[:-1])) <= 80
@@ -2494,6 +2512,8 @@ def test_two_processes_train_save_and_score_one_network_and_every_person_once(mp
     assert "Warning" not in printed[0]
     saved = lapx.load_file(out / "last.pt")
     assert saved["model"]["stem.bn.num_batches_tracked"] == 2  # 6 persons, batches of 4
+    facts = data.read_json(out / "recipe.json")["facts"]
+    assert (facts["processes"], facts["batch per process"]) == (2, 2)
     text = run("evaluate.py", "--weights", out / "last.pt", "--data", mpii, "--both", "--out",
                tmp_path / "e")
     for line in text.splitlines():  # the four persons' scores are those of the saved network
@@ -2776,6 +2796,23 @@ def test_compiling_in_bfloat16_on_a_cpu_is_refused_before_anything_starts(mpii, 
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_compiled_is_trained_and_the_network_itself_is_saved(
+        mpii, tmp_path, monkeypatch):
+    modes = []
+    steps = []
+
+    def compiled(model, mode=None):  # stands in for torch's compiler, which takes minutes
+        modes.append(mode)
+        return lambda images: steps.append(len(images)) or model(images)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    run("train.py", *arguments(mpii, tmp_path / "plain", "--precision", "float32"))
+    assert not modes
+    run("train.py", *arguments(mpii, tmp_path / "run", "--precision", "float32", "--compile"))
+    assert modes == [None] and steps == [3] * 8
+    assert same_weights(tmp_path / "plain", tmp_path / "run")
+
+
 def test_a_curve_is_drawn_for_every_gamma():
     row = {"epoch": 1, "loss": 2, "Mean": 50, "gamma1": 0.1, "gamma2": 0.2, "gamma3": 0.3}
     colours = {colour for _, colour in train.draw_curve([row], "Mean").getcolors(10**6)}
@@ -3033,7 +3070,8 @@ def test_an_export_may_differ_by_what_float32_itself_loses(onnx_files, tmp_path,
     monkeypatch.setattr(export, "to_onnx", lambda *arguments: onnx.load(folder / "plain.onnx"))
     for error, own, written in ((9e-5, 1e-7, True), (1.1e-4, 1e-7, False), (1.3e-4, 4.7e-5, True),
                                 (1.5e-4, 4.7e-5, False), (np.nan, 1, False), (1e-7, np.nan, True)):
-        monkeypatch.setattr(export, "errors_of", lambda *arguments: [error, own])
+        monkeypatch.setattr(export, "errors_of", lambda session, path, model, images, order: (
+            [error, own] if len(images) == 2 else [0, 0]))  # the worst batch counts
         out = tmp_path / f"{error}{own}.onnx"
         status, _ = run("export.py", "--weights", folder / "one.pt", "--plain", "--out", out,
                         check=False)
