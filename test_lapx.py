@@ -861,15 +861,15 @@ def test_mpii_reader_adjusts_center_and_scale_and_counts_from_zero(tmp_path):
     for name in ("annot/valid.json", "annotations/mpii_val.json"):  # HRNet's and mmpose's names
         root = tmp_path / name[:6]
         other = {**entry, "center": [-1, -1], "image": "b.jpg"}
-        data.write_file(root / name, [entry, other, entry])
+        data.write_file(root / name, [entry, other, other])
         people = data.read_mpii(root, "valid")
-        assert people.center.tolist() == [[99, 79], [-2, -2], [99, 79]]
-        assert people.scale.tolist() == [2.5, 2, 2.5]
+        assert people.center.tolist() == [[99, 79], [-2, -2], [-2, -2]]
+        assert people.scale.tolist() == [2.5, 2, 2]
         assert people.joints[0].tolist() == [[10, 20]] * 15 + [[-2, -2]]
         assert people.visible[0].tolist() == [True] * 15 + [False]
         assert people.head_size.tolist() == [50] * 3 and people.score.tolist() == [1] * 3
         assert people.source / os.fsdecode(people.files[1]) == root / "images/b.jpg"
-        assert people.image_id[0] == people.image_id[2] != people.image_id[1]
+        assert people.image_id[1] == people.image_id[2] != people.image_id[0]
     nobody = {"image": "a.jpg", "center": [100.0, 50.0], "scale": 2.0}
     data.write_file(tmp_path / "annot/test.json", [nobody])
     assert not data.read_mpii(tmp_path, "test").visible.any()
@@ -970,17 +970,17 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
                         annotation(4, [0, 0, 9, 9], keypoints=[0] * 51),
                         annotation(5, [0, 0, 9, 9], category_id=2),
                         annotation(6, [0, 0, 9, 9], area=0),
-                        annotation(7, [5, 5, 0, 0])],
+                        annotation(7, [5, 5, 0, 0]), annotation(8, [5, 5, 1, 9], image_id=2)],
         "categories": [{"id": 1, "keypoints": list(COCO.joints)}]})
     people = data.read_coco(tmp_path, "val2017")
-    assert people.image_id.tolist() == [3, 2]  # in the order of the list of images
-    assert ("of 5 persons 4 with labelled joints, 2 of them without area or box"
+    assert people.image_id.tolist() == [3, 2, 2]  # in the order of the list of images
+    assert ("of 6 persons 5 with labelled joints, 2 of them without area or box"
             in capsys.readouterr().out)
     # -10..20 is clipped to 0..29 (width 31 counts from the clipped edge), 80..140 to 80..99
-    assert people.center.tolist() == [[15, 89.5], [25, 30]]
-    assert np.allclose(people.scale,
-                       np.array([max(30, 19 * 0.75), max(30, 40 * 0.75)]) / 200 * 1.25)
-    assert people.visible.sum() == 2 and people.joints[0, 0].tolist() == [7, 8]
+    assert people.center.tolist() == [[15, 89.5], [25, 30], [5, 9]]  # one is a pixel wide
+    widths = [max(30, 19 * 0.75), max(30, 40 * 0.75), 8 * 0.75]
+    assert np.allclose(people.scale, np.array(widths) / 200 * 1.25)
+    assert people.visible.sum() == 3 and people.joints[0, 0].tolist() == [7, 8]
 
 
 @pytest.mark.parametrize("id", [900100087038, 2**53 - 1])
@@ -1086,6 +1086,8 @@ def test_synthetic_people_are_the_same_for_the_same_seed_others_in_valid_and_par
     seen = {joints.tobytes() for joints in people.joints}
     assert not any(joints.tobytes() in seen for joints in others.joints)
     assert people.picture(0).tobytes() != others.picture(0).tobytes()
+    for row in (0, 3):
+        assert people.picture(row).tobytes() == data.synthetic_picture(0, row).tobytes()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
@@ -1529,7 +1531,7 @@ def test_faults_of_the_code_keep_their_traceback(fault, workers, mpii, tmp_path,
     assert f"{type(fault).__name__}: {fault}\n" in started.printed()
 
 
-def test_evaluating_mpii_writes_metrics_and_predictions(weights, mpii, tmp_path):
+def test_evaluating_mpii_writes_metrics_and_predictions(weights, mpii, tmp_path, monkeypatch):
     text = run("evaluate.py", "--weights", weights[0], "--dataset", "mpii", "--data", mpii,
                "--both", "--out", tmp_path)
     assert ("mpii valid, 4 persons, boxes annotated (gt),\ninput 64x64, flip test with shift"
@@ -1543,6 +1545,14 @@ def test_evaluating_mpii_writes_metrics_and_predictions(weights, mpii, tmp_path)
     without = data.read_json(tmp_path / "metrics_no_flip.json")
     assert [f"{value:8.2f}" for value in without.values()] == [
         f"{value:>8}" for value in text.split("Mean@0.1\n")[1].split("\n")[0].split()]
+    people = data.read_mpii(mpii, "valid")
+    found = [predicted(evaluate.open_network(weights[0]), people, flip) for flip in (False, True)]
+    preds = data.read_mat(tmp_path / "pred.mat", {"preds": (4, 16, 2)})["preds"]
+    assert np.allclose(preds, found[1][..., :2] + 1)  # with the flip test
+    monkeypatch.setattr(evaluate, "score", lambda keypoints, *given: {"Mean": keypoints.sum()})
+    run("evaluate.py", "--weights", weights[0], "--data", mpii, "--both", "--out", tmp_path)
+    for flip, name in enumerate(("metrics_no_flip.json", "metrics.json")):
+        assert data.read_json(tmp_path / name)["Mean"] == pytest.approx(found[flip].sum())
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -1780,6 +1790,85 @@ def test_predict_picture_is_what_the_command_does(weights, tmp_path):
         assert other == evaluate.predict_picture(network, picture, boxes, **{name: False}) != found
 
 
+def test_a_picture_without_boxes_is_one_box(weights):
+    network = evaluate.open_network(weights[0])
+    picture = figure(9, 1)[1]
+    assert picture.width != picture.height
+    whole, = evaluate.predict_picture(network, picture)
+    assert whole["box"] == [0, 0, picture.width, picture.height]
+    assert [whole] == evaluate.predict_picture(network, picture, [whole["box"]])
+
+
+def test_persons_above_the_threshold_are_drawn_the_best_one_last(weights, tmp_path, monkeypatch):
+    figure(9, 1)[1].save(tmp_path / "7.png")
+    persons = [{"box": [0, 0, 50, 50], "score": score,
+                "joints": {name: [1.0, 2.0, score] for name in MPII.joints}}
+               for score in (0.9, 0.6, 0.31, 0.3, 0.1)]
+    monkeypatch.setattr(evaluate, "predict_picture", lambda *given, **protocol: persons)
+    drawn = []
+    monkeypatch.setattr(data, "draw_pose", lambda picture, keypoints, skeleton, threshold=0: (
+        drawn.append((keypoints[0, 2], threshold))))
+    text = run("evaluate.py", "--weights", weights[0], "--image", tmp_path / "7.png", "--threshold",
+               0.3, "--out", tmp_path / "out")
+    assert drawn[-3:] == [(0.31, 0.3), (0.6, 0.3), (0.9, 0.3)]
+    assert "5 persons, 3 drawn (scores above 0.3)" in text
+    assert data.read_json(tmp_path / "out/7_pose.json")["persons"] == persons
+
+
+def watched_tiles(monkeypatch):
+    """The pictures, maps and captions that are drawn as tiles of a sheet from now on."""
+    tiles = []
+    heat = data.heat
+    monkeypatch.setattr(data, "heat", lambda picture, heatmap, caption: tiles.append(
+        (picture, np.asarray(heatmap), caption)) or heat(picture, heatmap, caption))
+    return tiles
+
+
+def test_heatmaps_are_drawn_stage_by_stage_and_joint_by_joint_with_their_peaks(monkeypatch):
+    stages = [torch.zeros(1, 16, 16, 24) for _ in range(2)]
+    for stage, heatmaps in enumerate(stages):
+        for joint in range(16):
+            heatmaps[0, joint, 5 + stage, 2 + joint] = 0.5 + joint / 100
+    tiles = watched_tiles(monkeypatch)
+    network = network_of(lambda images: stages, (64, 96))
+    sheet = evaluate.draw_heatmaps(network, figure(9, 1)[1], {"box": [10, 20, 60, 40]})
+    assert len(tiles) == 32 and sheet.size == (8 * 196 + 4, 4 * 132 + 4)
+    for number, (picture, heatmap, caption) in enumerate(tiles):
+        stage, joint = divmod(number, 16)
+        expected = stages[stage][0, joint] / (0.5 + joint / 100)
+        assert picture.size == (192, 128) and np.allclose(heatmap, expected)
+        assert caption == f"stage {stage + 1}: {MPII.joints[joint]}\npeak {0.5 + joint / 100:.2f}"
+        row, column = divmod(number, 8)
+        tile = np.asarray(sheet)[4 + 132 * row:132 * (row + 1), 4 + 196 * column:196 * (column + 1)]
+        y, x = np.argwhere((tile == data.MIDDLE).all(2)).mean(0)  # the mark of the peak
+        assert abs(x - 8 * (2 + joint)) < 1 and abs(y - 8 * (5 + stage)) < 1
+
+
+def test_attention_is_drawn_from_the_cell_that_the_joint_lies_in(monkeypatch):
+    model = scrambled(TINY)
+    looks = torch.rand(1, 6, 6).softmax(2)  # of 2 x 3 cells
+    monkeypatch.setattr(lapx.NonLocal, "attention", lambda module, x: looks)
+    tiles = watched_tiles(monkeypatch)
+    network = network_of(model, (128, 192))
+    picture = Image.new("RGB", (192, 128))
+    zoom = 2
+    for row, column in itertools.product(range(2), range(3)):
+        joint = [64 * column + 10, 64 * row + 40, 1.0]
+        # a box that becomes the crop: a quarter of margin is added
+        box = [(1 - 1 / 1.25) * 96, (1 - 1 / 1.25) * 64, 192 / 1.25, 128 / 1.25]
+        sheet = evaluate.draw_attention(network, picture, {"box": box, "joints": {"pelvis": joint}},
+                                        "pelvis")
+        (seen, spread, caption), = tiles
+        tiles.clear()
+        expected = looks[0, 3 * row + column].reshape(2, 3)
+        expected = 0.6 * (expected - expected.min()) / (expected.max() - expected.min())
+        assert seen.size == (384, 256) and spread.shape == (256, 384)
+        assert np.allclose(spread[64::128, 64::128], expected)
+        assert caption.startswith("stage 1, gamma") and "from the pelvis's cell" in caption
+        frame = np.argwhere((np.asarray(sheet)[4:-4, 4:-4] == data.MIDDLE).all(2))
+        assert frame.min(0).tolist() == [128 * row, 128 * column]
+
+
 def test_results_do_not_replace_pictures_nor_each_other(weights, tmp_path):
     for name in ("p.png", "p_pose.png", "other/p.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1803,6 +1892,12 @@ def test_a_picture_without_a_detection_is_no_error(weights, mpii, tmp_path):
         mpii / "images/1.jpg"), [[10, 10, 90, 120]])
     assert person["joints"] == expected["joints"]
     assert person["score"] == pytest.approx(0.5 * expected["score"])  # times the box's
+    shutil.copy(mpii / "images/1.jpg", tmp_path / "0012.jpg")  # as COCO names its pictures
+    data.write_file(tmp_path / "ids.json", [{"image_id": 12, "bbox": [10, 10, 90, 120], "score": 1}])
+    run("evaluate.py", "--weights", weights[0], "--image", tmp_path / "0012.jpg", "--boxes",
+        tmp_path / "ids.json", "--out", tmp_path / "ids")
+    person, = data.read_json(tmp_path / "ids/0012_pose.json")["persons"]
+    assert person["joints"] == expected["joints"]
     code, text = run("evaluate.py", "--weights", weights[0], "--image", mpii / "images/0.jpg",
                      "--boxes", tmp_path / "boxes.json", "--out", tmp_path, check=False)
     assert code == 1 and "boxes.json has no box of a person in any of these pictures" in text
@@ -2360,6 +2455,7 @@ def test_loaders_are_made_once_and_have_a_number_of_processes_that_follows_the_c
         data.add_workers_argument(parser.add_argument)
         return parser.parse_args([]).workers
 
+    monkeypatch.setattr(data, "cpu_count", lambda: 96)
     assert default() == 1  # beside a CPU that computes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for cpus, processes, workers in ((96, 1, 16), (16, 1, 15), (16, 4, 3), (1, 1, 0), (2, 4, 0)):
@@ -2507,7 +2603,10 @@ def test_a_step_of_two_processes_is_the_step_of_one_with_the_whole_batch(
 
 def test_two_processes_train_save_and_score_one_network_and_every_person_once(mpii, tmp_path):
     out = tmp_path / "run"
-    printed = two_processes(tmp_path, arguments(mpii, out, "--batch-size", 4, "--epochs", 2))
+    flags = ["--batch-size", 4, "--epochs", 2]
+    (tmp_path / "mpii").symlink_to(mpii)  # on another machine the data may lie elsewhere
+    printed = two_processes(tmp_path, arguments(mpii, out, *flags),
+                            arguments(tmp_path / "mpii", out, *flags))
     assert printed[0].count("2/2") == 1 and not printed[1]  # one process talks, and nobody warns
     assert "Warning" not in printed[0]
     saved = lapx.load_file(out / "last.pt")
@@ -2555,13 +2654,15 @@ def test_a_batch_in_parts_without_batchnorm_is_the_batch(mpii, tmp_path, monkeyp
     assert code == 1 and "too few for 1 process and --accumulate 7" in text
 
 
-def test_a_resumed_run_may_change_what_cures_it(mpii, tmp_path):
-    run("train.py", *arguments(mpii, tmp_path / "run", "--epochs", 2, "--batch-size", 6,
-                               "--precision", "float32"))
+def test_a_resumed_run_may_change_what_cures_it(finished, mpii, tmp_path):
+    text = run("train.py", *arguments(mpii, tmp_path / "run", "--epochs", 2, "--batch-size", 6,
+                                      "--precision", "float32", "--init", finished[0] / "best.pt"))
+    assert "weights from" in text
     shortened(tmp_path / "run", tmp_path)
     text = run("train.py", "--resume", tmp_path / "last.pt", "--accumulate", 3, "--precision",
                "tf32", "--workers", 0, "--device", "cpu")
     assert "the recipe changes: accumulate 1 -> 3" in text
+    assert "resumed after epoch 1" in text and "weights from" not in text  # --init's were before
     history = lapx.load_file(tmp_path / "last.pt")["history"]
     assert [row["accumulate"] for row in history] == [1, 3]
     assert [row["precision"] for row in history] == ["float32", "tf32"]
@@ -2670,6 +2771,13 @@ def test_a_recipe_that_cannot_be_resumed_gets_a_sentence(spoil, complaint, finis
     code, text = run("train.py", "--resume", "auto", "--out", tmp_path, check=False)
     assert code == 1 and "Traceback" not in text
     assert re.search(f"recipe.json must be a recipe.json of train.py.*{complaint}", text), text
+
+
+def test_sizes_are_given_as_height_and_width():
+    assert data.image_size("256x192") == (256, 192) and data.image_size("64X4096") == (64, 4096)
+    for text in ("63x64", "64x63", "4097x64", "64x4097", "256", "256x", "x64", "64x64x64", "-64x64"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not HEIGHTxWIDTH"):
+            data.image_size(text)
 
 
 @pytest.mark.parametrize("flag, value", [
