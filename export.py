@@ -46,8 +46,8 @@ from lapx import (ECA, LAPX, SKELETONS, STRIDE, Block, InputError, SpatialAttent
 OPSET = 18
 # By the bits of a file: which norm of its difference to float64 is looked at, the order of that
 # norm, and how large it may be relative to that of the heatmaps; or three times what PyTorch's own
-# float32 loses, if that is more. In 32 bits 1e-5 is usual. What is allowed for 8 bits finds a broken
-# file, not a lost point of accuracy.
+# float32 loses, if that is more. In 32 bits 1e-5 is usual. What is allowed for 8 bits finds a
+# broken file, not a lost point of accuracy.
 ALLOWED = {32: ("largest", math.inf, 1e-4), 8: ("root mean square", 2, 0.2)}
 
 
@@ -238,8 +238,8 @@ def export(args):
     error, own = np.max([errors_of(session, args.out, model, images[:B], order)
                          for B in (1, 2, 3)], axis=0)
     allowed = max(allowed, 3 * own)
-    print(f"ONNX Runtime {onnxruntime.__version__} against PyTorch {torch.__version__} in float64:\n"
-          f"{which} difference {error:.1e} of the {which} value\n"
+    print(f"ONNX Runtime {onnxruntime.__version__} against PyTorch {torch.__version__} in float64:"
+          f"\n{which} difference {error:.1e} of the {which} value\n"
           f"(PyTorch's own in float32: {own:.1e})")
     if not error <= allowed:  # NaN, too
         raise InputError(f"that is more than {allowed:g}: no file is written")
