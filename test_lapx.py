@@ -1923,6 +1923,17 @@ def test_bare_weights_of_other_joints_need_to_be_told_which(tmp_path):
         evaluate.open_network(tmp_path / "five.pt")
 
 
+@pytest.mark.parametrize("change", [
+    {"mean": [0.5, 0.5]}, {"std": 1}, {"colour": "CMYK"}, {"input": [64]}, {"dataset": "lsp"},
+    {"skeleton": vars(replace(MPII, limbs=((0, 16),)))},
+    {"skeleton": vars(replace(MPII, flip_pairs=((0, 16),)))}])
+def test_a_network_whose_facts_do_not_fit_together_gets_a_sentence(change, weights, tmp_path):
+    content = lapx.load_file(weights[0])
+    torch.save({**content, "info": content["info"] | change}, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="odd.pt must be a network that tells its joints, input"):
+        evaluate.open_network(tmp_path / "odd.pt")
+
+
 def test_scores_are_told_in_percent_and_no_score_as_minus_one(tmp_path, capsys):
     evaluate.report({"AP": 0.5, "APM": -1.0}, "what was scored", "", tmp_path / "metrics.json")
     assert capsys.readouterr().out.splitlines()[-2].split() == ["50.00", "-1.00"]
