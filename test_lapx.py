@@ -2055,7 +2055,7 @@ def test_a_broken_checkpoint_ends_in_a_sentence(weights, finished, tmp_path):
     content = weights[0].read_bytes()[:40000]
     checkpoint = lapx.load_file(weights[0])
     last = lapx.load_file(finished[0] / "last.pt")
-    model = lapx.lapx(weights=finished[0] / "last.pt")
+    model = LAPX(TINY)
 
     def read_bytes(rng):
         (tmp_path / "a.pt").write_bytes(damaged(content, rng))
@@ -2070,7 +2070,7 @@ def test_a_broken_checkpoint_ends_in_a_sentence(weights, finished, tmp_path):
         train.restore(tmp_path / "last.pt", model, torch.optim.Adam(model.parameters()))
 
     assert refused(read_bytes, 40) > 30
-    assert refused(read_info, 6) > 1 and refused(read_history, 10) > 1
+    assert refused(read_info, 6) > 1 and refused(read_history, 6) > 1
 
 
 def test_a_broken_picture_ends_in_a_sentence(mpii, tmp_path):
@@ -2765,7 +2765,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(
     (lambda saved: saved["model"].pop("stem.conv.weight"), "stem.conv.weight")])
 def test_a_checkpoint_that_cannot_be_resumed_gets_a_sentence(spoil, complaint, finished, tmp_path):
     saved = lapx.load_file(finished[0] / "last.pt")
-    model = lapx.lapx(weights=finished[0] / "last.pt")
+    model = LAPX(TINY)
     spoil(saved)
     torch.save(saved, tmp_path / "last.pt")
     with pytest.raises(InputError, match=f"last.pt must be a last.pt of train.py.*{complaint}"):
