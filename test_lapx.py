@@ -1,7 +1,7 @@
 """What this project promises, one fact a test, in the order of the files: lapx, data, evaluate,
 train, export.
 
-    python -m pytest -q        # CPU only, no data set, no network, some two minutes
+    python -m pytest -q        # CPU only, no data set, no network, two to three minutes
 
 Numbers that stand in a table here were computed by the reference implementations (the authors'
 network, SimpleBaseline's and HRNet's protocol, pycocotools) on input that is made again below.
@@ -1851,7 +1851,6 @@ def test_attention_is_drawn_from_the_cell_that_the_joint_lies_in(monkeypatch):
     tiles = watched_tiles(monkeypatch)
     network = network_of(model, (128, 192))
     picture = Image.new("RGB", (192, 128))
-    zoom = 2
     for row, column in itertools.product(range(2), range(3)):
         joint = [64 * column + 10, 64 * row + 40, 1.0]
         # a box that becomes the crop: a quarter of margin is added
