@@ -55,6 +55,7 @@ README = (HERE / "README.md").read_text(encoding="utf-8")
 MPII = SKELETONS["mpii"]
 COCO = SKELETONS["coco"]
 TINY = LAPXConfig(16, 16, neck_attention=("ECA-NonLocal", "ECA"))  # a network for fast tests
+ONE_STAGE = replace(TINY, neck_attention=("ECA-NonLocal",))
 FILES = ("lapx.py", "data.py", "train.py", "evaluate.py", "export.py")
 SCRIPTS = {"lapx.py": lapx, "train.py": train, "evaluate.py": evaluate, "export.py": export}
 
@@ -204,7 +205,7 @@ def weights(tmp_path_factory):
     paths = []
     for name, size in (("mpii", (64, 64)), ("coco", (64, 64))):
         torch.manual_seed(0)
-        model = LAPX(replace(TINY, num_joints=len(SKELETONS[name].joints)))
+        model = LAPX(replace(ONE_STAGE, num_joints=len(SKELETONS[name].joints)))
         paths.append(folder / f"{name}.pt")
         torch.save({"model": model.state_dict(),
                     "info": evaluate.model_info(name, SKELETONS[name], size)},
@@ -446,7 +447,7 @@ def test_arguments_that_contradict_a_file_are_refused(weights):
     for wrong in (dict(num_joints=17), dict(variant="lap")):
         with pytest.raises(InputError, match="contradicts num_joints or variant"):
             lapx.lapx(weights=weights[0], **wrong)
-    assert lapx.lapx(16, weights=weights[0]).config == TINY
+    assert lapx.lapx(16, weights=weights[0]).config == ONE_STAGE
 
 
 @pytest.fixture
@@ -2834,14 +2835,15 @@ def test_a_loader_process_that_is_killed_gets_a_sentence(mpii, tmp_path):
     assert "a loader process died" in started.printed() and "Traceback" not in started.printed()
 
 
-def test_fine_tuning_takes_every_layer_that_fits_and_names_the_others(weights, tmp_path):
+def test_fine_tuning_takes_every_layer_that_fits_and_names_the_others(tmp_path):
+    loaded = LAPX(TINY)
+    torch.save(loaded.state_dict(), tmp_path / "16.pt")
     model = LAPX(replace(TINY, num_joints=17))
-    missing = lapx.load_fitting(model, weights[0])
+    missing = lapx.load_fitting(model, tmp_path / "16.pt")
     # the two heads, and the way of the heatmaps to the next stage
     assert missing == ["stages.0.head.weight", "stages.0.head.bias",
                        "stages.0.heatmaps_to_next.weight", "stages.1.head.weight",
                        "stages.1.head.bias"]
-    loaded = lapx.lapx(weights=weights[0])
     assert torch.equal(model.stem.conv.weight, loaded.stem.conv.weight)
     broken = loaded.state_dict()
     broken["stem.conv.weight"][0, 0, 0, 0] = np.nan
@@ -2849,7 +2851,7 @@ def test_fine_tuning_takes_every_layer_that_fits_and_names_the_others(weights, t
     with pytest.raises(InputError, match="broken.pt: stem.conv.weight has NaN"):
         lapx.load_fitting(model, tmp_path / "broken.pt")
     with pytest.raises(InputError, match="no layer of the shape of one of this network"):
-        lapx.load_fitting(LAPX(replace(TINY, channels=208)), weights[0])
+        lapx.load_fitting(LAPX(replace(TINY, channels=208)), tmp_path / "16.pt")
 
 
 # the README's example of own joints
@@ -2978,7 +2980,6 @@ def test_overfitting_scores_the_pictures_it_trains_on_as_they_are(mpii, tmp_path
 
 # ---------------------------------------------------------------------------- export.py
 
-ONE_STAGE = LAPXConfig(16, 16, neck_attention=("ECA-NonLocal",))
 CBAM = LAPXConfig(16, 16, False, "CBAM", "CBAM", ("CBAM",))
 
 
