@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Torch's threads sleep while they wait, in place of spinning: beside another busy program a network
-# then trains 1.7 times as fast on a CPU, on a quiet machine as fast as else to within 7 %. OpenMP
+# then trains 1.7 times as fast on a CPU; on a quiet machine it trains up to 7 % more slowly. OpenMP
 # reads this when torch is loaded, so scripts import this file first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -870,8 +870,8 @@ def run(main):
 
 def keep_memory():
     """Lets glibc keep freed memory instead of returning every large block to the system and getting
-    it back page by page: on a CPU, batches of 32 at 256x256 then train twice as fast, batches of 8
-    as fast as else (AMD EPYC Zen 3, torch 2.13, with one thread and with two)."""
+    it back page by page: on a CPU, batches of 32 at 256x256 then train twice as fast; batches of 8
+    gain nothing (AMD EPYC Zen 3, torch 2.13, with one thread and with two)."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import data  # before torch, which reads what data sets
+import data  # before torch: data.py sets OMP_WAIT_POLICY, which torch reads
 
 import numpy as np
 import torch

@@ -23,7 +23,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-import data  # before torch, which reads what data sets
+import data  # before torch: data.py sets OMP_WAIT_POLICY, which torch reads
 
 import numpy as np
 import torch
@@ -388,7 +388,8 @@ def train(args, rank):
               f"{', ...' * (len(missing) > 12)}")
     wrapped = model  # wrapped trains, model is saved, network predicts
     if world > 1:
-        agree(vars(recipe) | {"data": "", "persons": len(people), "epochs done": len(history)})
+        agree(vars(recipe) | {"data": "", "persons": len(people), "epochs done": len(history),
+                              "last loss": history[-1]["loss"] if history else 0})
         warnings.filterwarnings("ignore", "Grad strides do not match")  # alpha's, 208 numbers
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
     if recipe.compile:  # on a GPU the step becomes one CUDA graph
