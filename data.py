@@ -14,6 +14,7 @@ import csv
 import ctypes
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,9 @@ import re
 import secrets
 import sys
 import time
+import unicodedata
+import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,6 +120,7 @@ class PoseDataset(torch.utils.data.Dataset):
         self.augmentation = augmentation
         self.seed = seed
         self.mirrored = flip_order(skeleton)
+        self.flips = len(skeleton.flip_pairs) > 0
         self.opened = None, None  # the last picture: its id and itself, for others who are in it
 
     def __len__(self):
@@ -130,6 +135,7 @@ class PoseDataset(torch.utils.data.Dataset):
         if self.augmentation:
             rng = np.random.default_rng((self.seed, epoch, row, 1))  # 1: not epoch_batches'
             factor, degrees, flip = draw_augmentation(rng, *self.augmentation)
+            flip = flip and self.flips
         matrix = affine(people.center[row], people.scale[row] * factor, self.size, degrees, flip)
         if self.opened[0] != people.image_id[row]:
             self.opened = people.image_id[row], people.picture(row)
@@ -219,6 +225,8 @@ class People:
     head_size: np.ndarray | None = None  # (N,) pixels, what PCKh measures with
     head_source: str = ""  # what the head sizes are, in words
     truth: "CocoFile | None" = None  # what average precision compares with
+    category_id: np.ndarray | None = None  # (N,) int64
+    picture_size: np.ndarray | None = None  # (N,2) width, height as annotated; 0 if they are not
 
     def __len__(self):
         return len(self.files)
@@ -244,15 +252,18 @@ class People:
             return self.source
         if isinstance(self.source, int):
             return synthetic_picture(self.source, int(self.image_id[row]))
-        return open_picture(self.source / self.files[row])
+        size = (0, 0) if self.picture_size is None else tuple(self.picture_size[row].tolist())
+        return open_picture(self.source / self.files[row], size=size)
 
 
-def read_columns(path, name, entries, shapes, lowest={}):
+def read_columns(path, name, entries, shapes, lowest={}, missing={}):
     """A list of dictionaries, parsed from a file -> {field: array (N, *shape), float64}.
 
-    shapes: {field: shape of its value}. lowest: {field: smallest value}. InputError with the file
-    and the entry, which is a `name`, where a field is absent, has another number of values, or has
-    one that is not a number up to 1e10; ids are whole numbers below 2^53, which float64 holds."""
+    shapes: {field: shape of its value}. lowest: {field: smallest value}. missing: {field: number
+    for what is absent, null, empty or NaN}. Coordinates of joints that are not annotated do not
+    matter and are replaced. InputError with the file and the entry, which is a `name`, where a
+    field is absent, has another number of values, or has one that is not a number up to 1e10; ids
+    are whole numbers below 2^53, which float64 holds."""
     columns = {}
     hint = " (--skeleton names joints of one's own)" * ("keypoints" in shapes)
     with reading(path, f"a list, of which each {name} has {', '.join(shapes)}{hint}") as where:
@@ -260,12 +271,21 @@ def read_columns(path, name, entries, shapes, lowest={}):
             values = []
             for row, entry in enumerate(entries):
                 where.entry = f"{name} {row}, counted from 0"
-                value = entry[field]
+                value = entry.get(field) if field in missing else entry[field]
+                if field in missing and value in (None, []):
+                    value = np.full(shape, missing[field]).tolist()
                 if shape and len(value) != shape[0]:
                     raise ValueError(f"{field} has {len(value)} values, not {shape[0]}")
                 values.append(value)
             where.entry = field
             column = np.array(values, np.float64).reshape(len(values), *shape)
+            if field == "joints":
+                column[columns["joints_vis"] <= 0] = -1
+            elif field == "keypoints" and field in missing:  # x, y, flag of each joint of people
+                column[~(column[:, 2::3] > 0).repeat(3, axis=1)] = 0
+            elif field in missing:
+                unknown = np.isnan(column)
+                column[unknown.any(1) if shape else unknown] = missing[field]
             if field in ("id", "image_id"):  # COCO numbers its crowds like 900100087038
                 good = (abs(column) < 2 ** 53) & (column % 1 == 0)
                 wanted = "a whole number below 2^53"
@@ -315,6 +335,7 @@ def read_mpii(root, split, *unused):
     path = find_file(root, "mpii", split, f"annot/{split}.json", f"annotations/mpii_{other}.json")
     entries = read_json(path)
     with reading(path, "a list of persons, each with image"):
+        expect(entries, list)
         if not {"joints", "joints_vis"} & set(entries[0]):  # the test split
             nothing = {"joints": [[0, 0]] * 16, "joints_vis": [0] * 16}
             entries = [nothing | entry for entry in entries]
@@ -322,7 +343,7 @@ def read_mpii(root, split, *unused):
     N = len(files)
     persons = read_columns(
         path, "person", entries,
-        {"center": (2,), "scale": (), "joints": (16, 2), "joints_vis": (16,)}, {"scale": 1e-3})
+        {"center": (2,), "scale": (), "joints_vis": (16,), "joints": (16, 2)}, {"scale": 1e-3})
     center = persons["center"]
     scale = persons["scale"]
     boxed = center[:, 0] != -1  # else there is no center
@@ -354,44 +375,86 @@ class CocoFile:
     """COCO's annotation file: I pictures and the M persons in them."""
 
     path: Path
-    category: int  # the id of the category "person"
+    categories: np.ndarray  # (C,) the ids of those that are read
     files: np.ndarray  # (I,) text
-    images: dict  # of arrays (I,): id, width, height
-    persons: dict  # of arrays (M,...): id, image_id, bbox, area, iscrowd, num_keypoints, keypoints
+    images: dict  # of arrays (I,): id, width, height; 0 where a size is not known
+    persons: dict  # of arrays (M,...): id, image_id, category_id, bbox, area (-1 where it is
+    # missing), iscrowd, num_keypoints, keypoints (K,3)
 
 
-def read_coco_file(path, num_joints):
-    """COCO's annotation file -> CocoFile. A test split's has pictures only."""
-    K = num_joints
+def read_coco_file(path, skeleton):
+    """COCO's annotation file -> CocoFile; prints what is read. A test split's has pictures only."""
+    K = len(skeleton.joints)
+    if not skeleton.sigmas:
+        raise InputError("OKS, the metric of COCO's layout, needs a sigma for each joint; the "
+                         "skeleton has none in SKELETONS")
 
     def without_outline(item):  # the outlines take most of the memory
         item.pop("segmentation", None)
         return item
 
     content = read_json(path, without_outline)
-    unsized = {"width": 1e10, "height": 1e10}  # then no box is clipped
-    unlabelled = {"iscrowd": 0, "num_keypoints": -1, "keypoints": [0] * 3 * K}  # crowds are
     with reading(path, "a COCO annotation file with images and annotations"):
-        categories = [item["id"] for item in content.get("categories", []) if "keypoints" in item]
-        category = categories[0] if categories else 1
-        files = np.array([item.get("file_name", "") for item in content["images"]], str)
-        images = [unsized | item for item in content["images"]]
-        persons = [unlabelled | item for item in content.get("annotations", [])
-                   if item["category_id"] == category]
-    images = read_columns(path, "picture", images, {"id": (), "width": (), "height": ()},
-                          lowest={"width": 1, "height": 1})
+        content = {"annotations": [], "categories": []} | expect(content, dict)
+        for field in ("annotations", "categories"):
+            expect(content[field] or [None], list)
+        pictures = expect(content["images"], list)
+        files = np.array([item.get("file_name", "") for item in pictures], str)
+        category = np.array([item["category_id"] for item in content["annotations"]], float)
+        categories = read_categories(path, content, category.tolist(), skeleton)
+    of_use = np.isin(category, categories)
+    unsized = {"width": 0, "height": 0}
+    images = read_columns(path, "picture", pictures, {"id": (), "width": (), "height": ()},
+                          lowest=unsized, missing=unsized)
     persons = read_columns(
-        path, "person", persons, {"id": (), "image_id": (), "bbox": (4,), "area": (), "iscrowd": (),
-                                  "num_keypoints": (), "keypoints": (3 * K,)})
-    persons["keypoints"] = persons["keypoints"].reshape(-1, K, 3)  # x, y, flag: 0 not labelled
-    labelled = (persons["keypoints"][..., 2] > 0).sum(1)
-    persons["num_keypoints"] = np.where(persons["num_keypoints"] < 0, labelled,
-                                        persons["num_keypoints"])
-    unknown = np.setdiff1d(persons["image_id"], images["id"])
-    if len(unknown):
-        raise InputError(f"{path} has persons in {plural(len(unknown), 'picture')} that it does "
-                         f"not list as images (first: image_id {unknown[0]:.0f})")
-    return CocoFile(Path(path), category, files, images, persons)
+        path, "person", list(itertools.compress(content["annotations"], of_use)),
+        {"id": (), "image_id": (), "bbox": (4,), "area": (), "iscrowd": (), "num_keypoints": (),
+         "keypoints": (3 * K,)},
+        missing={"id": 0, "bbox": 0, "area": -1, "iscrowd": 0, "num_keypoints": -1, "keypoints": 0})
+    keypoints = persons["keypoints"].reshape(-1, K, 3)  # x, y, flag
+    count = persons["num_keypoints"]
+    count = np.where(count < 0, (keypoints[..., 2] > 0).sum(1), count)
+    persons |= {"keypoints": keypoints, "num_keypoints": count, "category_id": category[of_use]}
+    _, first, place = np.unique(images["id"], return_index=True, return_inverse=True)
+    for twin in np.flatnonzero(files != files[first[place]]):
+        raise InputError(f"{path} gives two pictures the id {images['id'][twin]:.0f}: "
+                         f"{files[first[place[twin]]]} and {files[twin]}; number them anew")
+    first.sort()  # a picture may be listed twice
+    images = {name: column[first] for name, column in images.items()}
+    return CocoFile(Path(path), categories, files[first], images, persons)
+
+
+def tidy(names):
+    """Names of joints in one way of writing: "Left_Eye" is "left eye"; "" if they are but numbered,
+    as "kp1" and "kp2"."""
+    names = [str(name).lower().replace("_", " ") for name in names]
+    bare = {re.sub(r"\d+", "", name) for name in names}
+    return [""] * len(names) if len(bare) == 1 and bare != {*names} else names
+
+
+def read_categories(path, content, category, skeleton):
+    """The ids of the categories of a COCO file, parsed, that have the skeleton's joints; where none
+    names joints, of those whose annotations have some. category: of the annotations, counted in
+    print. InputError if joints are named, but nowhere the skeleton's, in their order."""
+    own = tidy(skeleton.joints)
+    joints = {float(item["id"]): tidy(item["keypoints"]) for item in content["categories"]
+              if item.get("keypoints")}
+    if not joints:
+        joints = {id: own for id, item in zip(category, content["annotations"])
+                  if item.get("keypoints")} or {1: own}
+    others = {id: [pair for pair in itertools.zip_longest(theirs, own, fillvalue="no joint")
+                   if pair[0] != pair[1] and all(pair)] for id, theirs in joints.items()}
+    chosen = [int(id) for id, pairs in others.items() if not pairs]
+    if not chosen:
+        theirs, ours = next(iter(others.values()))[0]
+        raise InputError(f"{path} has other joints than the skeleton, first {theirs!r} in place of "
+                         f"{ours!r}; choose another --skeleton, or put an entry with the file's "
+                         "joints, in their order, into SKELETONS in lapx.py")
+    names = {float(item["id"]): item.get("name", item["id"]) for item in content["categories"]}
+    counts = [f"{count} of {names.get(id, f'{id:g}')}" + ", left out" * (id not in chosen)
+              for id, count in Counter(category).items()]
+    print(f"{path}: annotations by category: {'; '.join(counts) or 'none'}")
+    return chosen
 
 
 def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"], boxes="gt"):
@@ -402,45 +465,63 @@ def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"], boxes="g
     neither clipped nor shortened."""
     path = find_file(root, "coco", split, f"annotations/person_keypoints_{split}.json",
                      f"annotations/image_info_{split}.json")
-    file = read_coco_file(path, len(skeleton.joints))
-    if boxes == "gt":
-        rows, found, keypoints = annotated_boxes(file)
-        scores = np.ones(len(rows))
-    else:
-        pictures = {key: row for keys in (file.images["id"], file.files)
-                    for row, key in enumerate(keys)}
-        rows, found, scores = read_detections(boxes, pictures, file.category)
-        keypoints = np.zeros((len(rows), len(skeleton.joints), 3))
+    file = read_coco_file(path, skeleton)
     name = split.replace("-dev", "")  # test-dev2017's pictures are in test2017
     folder = Path(root) / "images" / name
+    folder = folder if folder.is_dir() else Path(root) / name
+    if boxes == "gt":
+        rows, pictures, found = annotated_boxes(file)
+        category = file.persons["category_id"][rows]
+        scores = np.ones(len(rows))
+        keypoints = file.persons["keypoints"][rows]
+    else:
+        find = picture_finder(file.images["id"].tolist(), folder, file.files.tolist())
+        pictures, category, found, scores = read_detections(boxes, find, file.categories)
+        keypoints = np.zeros((len(pictures), len(skeleton.joints), 3))
+    sizes = np.column_stack([file.images["width"], file.images["height"]])
     return people_in_boxes(
-        found, scores, size, keypoints, truth=file, files=file.files[rows],
-        source=folder if folder.is_dir() else Path(root) / name,
-        image_id=file.images["id"][rows].astype(np.int64))
+        found, scores, size, keypoints, truth=file, files=file.files[pictures], source=folder,
+        image_id=file.images["id"][pictures].astype(np.int64),
+        category_id=category.astype(np.int64), picture_size=sizes[pictures].astype(int))
 
 
 def annotated_boxes(file):
-    """The n persons of a CocoFile to learn from or to score, in the order of its pictures -> rows
-    of their pictures (n,); boxes (n,4), as in HRNet clipped to the picture, ordinary ones a pixel
-    less wide and high; keypoints (n,K,3)."""
+    """The n persons of a CocoFile to learn from or to score, in the order of its pictures -> their
+    rows (n,); rows of their pictures (n,); boxes (n,4), as in HRNet clipped to the picture,
+    ordinary ones a pixel less wide and high."""
     persons = file.persons
     order = np.argsort(file.images["id"], kind="stable")
-    image = order[np.searchsorted(file.images["id"], persons["image_id"], sorter=order)]  # (M,)
+    image = np.searchsorted(file.images["id"], persons["image_id"], sorter=order)
+    image = order[np.minimum(image, len(order) - 1)]  # (M,)
     extent = np.column_stack([file.images["width"], file.images["height"]])[image]  # (M,2)
     low = np.maximum(0, persons["bbox"][:, :2])
-    high = np.minimum(extent - 1, low + np.maximum(0, persons["bbox"][:, 2:] - 1))
-    single = persons["iscrowd"] == 0
-    labelled = single & persons["keypoints"].any((1, 2))
-    sized = (high >= low).all(1) & (high > low).any(1) & (persons["area"] > 0)
-    rows = np.flatnonzero(labelled & sized)
-    summary = (f"{file.path}: of {plural(single.sum(), 'person')} {labelled.sum()} with labelled "
-               f"joints, {np.sum(labelled & ~sized)} of them without area or box")
-    if not len(rows):
-        raise InputError(f"{summary}: nobody is left to learn from or to score")
-    if len(rows) < single.sum():
-        print(summary)
+    high = low + np.maximum(0, persons["bbox"][:, 2:] - 1)
+    high = np.where(extent > 0, np.minimum(extent - 1, high), high)
+    rows = leave_out(file.path, "annotations", {
+        "marked as crowd": persons["iscrowd"] > 0,
+        "without a labelled joint (of flag 1 or 2)": ~persons["keypoints"].any((1, 2)),
+        "in pictures that are not listed": file.images["id"][image] != persons["image_id"],
+        "without a box in the picture": ~((high >= low).all(1) & (high > low).any(1)),
+        "of area 0": persons["area"] == 0})
     rows = rows[np.argsort(image[rows], kind="stable")]
-    return image[rows], np.column_stack([low, high - low])[rows], persons["keypoints"][rows]
+    return rows, image[rows], np.column_stack([low, high - low])[rows]
+
+
+def leave_out(path, entries, reasons):
+    """The rows for which no reason, {words: (N,) bool}, holds. How many are left out for which is
+    printed; InputError if nothing is left."""
+    left = np.ones(len(next(iter(reasons.values()))), bool)
+    told = []
+    for reason, holds in reasons.items():
+        if (left & holds).any():
+            told.append(f"{np.sum(left & holds)} {reason}")
+        left &= ~holds
+    summary = f"{path}: of {len(left)} {entries} left out: {', '.join(told) or 'none'}"
+    if not left.any():
+        raise InputError(f"{summary}; there is nobody left")
+    if told:
+        print(summary)
+    return np.flatnonzero(left)
 
 
 def people_in_boxes(boxes, scores, size, keypoints, **pictures):
@@ -455,34 +536,55 @@ def people_in_boxes(boxes, scores, size, keypoints, **pictures):
                   **pictures)
 
 
-def read_detections(path, known, category=1):
-    """A detector's boxes, from a JSON list of {image_id or file_name, bbox [x, y, w, h], score},
-    and category_id where there are others than persons.
+def name_parts(name):
+    """The folders and the file of a name: "cam1/1.jpg", "cam1\\1.jpg" -> ["cam1", "1.jpg"]. Letters
+    such as é, which can be written in two ways, are written in one."""
+    parts = re.split(r"[/\\]", unicodedata.normalize("NFC", name))
+    return [part for part in parts if part not in ("", ".")]
 
-    known: {image_id or file name: picture}, whatever a picture is to the caller. -> the pictures,
-    a list; boxes (N,4); scores (N,). What belongs to none of the pictures, or has no size, is left
-    out; how many is printed."""
-    with reading(path, "a list of boxes, each with image_id or file_name") as where:
-        entries = [entry for entry in read_json(path)
-                   if entry.get("category_id", category) == category]
-        pictures = []
-        for number, entry in enumerate(entries):
-            where.entry = f"box {number}, counted from 0"
-            if "file_name" in entry:
-                name = entry["file_name"]
-                pictures.append(known.get(name, known.get(Path(name).name)))
-            else:
-                pictures.append(known.get(entry["image_id"]))
-    columns = read_columns(path, "box", entries, {"bbox": (4,), "score": ()})
-    placed = np.array([picture is not None for picture in pictures], bool)
-    sized = (columns["bbox"][:, 2:] > 0).all(1)
-    rows = np.flatnonzero(placed & sized)
-    if len(rows) < len(entries):
-        print(f"{path}: of {plural(len(entries), 'box', 'es')} {np.sum(~placed)} of no picture "
-              f"here and {np.sum(placed & ~sized)} of no size left out")
-    if not len(rows):
-        raise InputError(f"{path} has no box of a person in any of these pictures")
-    return [pictures[row] for row in rows], columns["bbox"][rows], columns["score"][rows]
+
+def picture_finder(numbers, folder, names):
+    """A function from a box, {file_name or image_id: ...}, to the place of its picture in lists of
+    the pictures' numbers and names below a folder; -1 if it is none of them, or may be several.
+
+    A file_name is the name, or its end: with folders ("cam1/1.jpg") or without. An image_id is the
+    number, also as text, or the name, also without its ending."""
+    places = {}
+    for place, (number, name) in enumerate(zip(numbers, names)):
+        parts = name_parts(os.path.abspath(os.path.join(folder, name)))[-4:]
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        for key in {number, *ends, *(os.path.splitext(end)[0] for end in ends)}:
+            places[key] = -1 if key in places else place
+    places |= {"/".join(name_parts(name)): place for place, name in enumerate(names)}
+
+    def find(entry):
+        name = entry["file_name"] if "file_name" in entry else entry["image_id"]
+        place = places.get(int(name) if str(name).isdecimal() else name, -1)
+        if place < 0 and isinstance(name, str):
+            place = places.get("/".join(name_parts(name)), -1)
+        return place
+
+    return find
+
+
+def read_detections(path, find, categories=(1,)):
+    """A detector's boxes, from a JSON list of {image_id or file_name, bbox [x, y, w, h], score},
+    and category_id where there are others than categories[0].
+
+    find: a picture_finder. -> of those in the pictures the places of their pictures (N,), the ids
+    of their categories (N,), boxes (N,4), scores (N,)."""
+    with reading(path, "a list of boxes, each with image_id or file_name"):
+        entries = expect(read_json(path), list)
+        pictures = np.array([find(entry) for entry in entries])
+        category = [entry.get("category_id", categories[0]) for entry in entries]
+        category = np.array(category, float)
+    rows = leave_out(path, "boxes", {
+        f"of other categories than {categories}": ~np.isin(category, categories),
+        "of no picture here, or of a name that several have": pictures < 0})
+    columns = read_columns(path, "box", [entries[row] for row in rows], {"bbox": (4,), "score": ()})
+    sized = leave_out(path, "boxes", {"of no size": ~(columns["bbox"][:, 2:] > 0).all(1)})
+    rows = rows[sized]
+    return pictures[rows], category[rows], columns["bbox"][sized], columns["score"][sized]
 
 
 def find_file(root, dataset, split, *names):
@@ -496,22 +598,22 @@ def find_file(root, dataset, split, *names):
                      "published ones are from)")
 
 
-def missing_files(folder, names):
-    """Those of some files below a folder that are not there.
+def find_pictures(folder, names):
+    """Files below a folder -> their names as the disk writes them, see name_parts; the paths of
+    those that are not there.
 
     Each folder is listed once, instead of looking at each file: on a network disk that takes
     minutes. Only a name that is not in the list is looked at, as some systems know a file by
     several spellings."""
-    listed = {}
-    missing = []
-    for name in names:
-        path = Path(folder, name)
-        place, file = os.path.split(name)
-        if place not in listed:
-            listed[place] = set(os.listdir(path.parent)) if file and path.parent.is_dir() else set()
-        if file not in listed[place] and not path.is_file():
-            missing.append(path)
-    return missing
+    there = {}
+    for place, _, files in os.walk(folder):
+        for file in files:
+            path = os.path.join(place, file)[len(str(folder)) + 1:]
+            there["/".join(name_parts(path))] = path
+    found = [there.get("/".join(name_parts(name)), name) for name in names]
+    missing = [Path(folder, name) for name, file in zip(names, found)
+               if file not in there and file == name and not Path(folder, name).is_file()]
+    return found, missing
 
 
 def load_people(dataset, root, split, size, skeleton, boxes="gt", most=None):
@@ -519,10 +621,7 @@ def load_people(dataset, root, split, size, skeleton, boxes="gt", most=None):
     set's folder, None for data/DATASET. most: so many of them at most, spread over the split.
 
     Their number is printed. InputError if a picture is missing, before any work starts; a broken
-    one shows when it is opened."""
-    if dataset == "coco" and len(skeleton.sigmas) != len(skeleton.joints):
-        raise InputError("OKS, the metric of --dataset coco, needs a sigma for each joint; of the "
-                         f"{len(skeleton.joints)} here {len(skeleton.sigmas)} have it in SKELETONS")
+    one, or one that was not annotated, shows when it is opened, five of them here."""
     if dataset != "coco" and len(skeleton.joints) != 16:
         raise InputError(f"--dataset {dataset} has MPII's 16 joints, not {len(skeleton.joints)}; "
                          "put joints of your own into COCO's layout, for --dataset coco")
@@ -532,13 +631,17 @@ def load_people(dataset, root, split, size, skeleton, boxes="gt", most=None):
     pictures = len(np.unique(people.image_id))
     print(f"{dataset} {split}: {plural(len(people), 'person')} in {plural(pictures, 'picture')}",
           flush=True)
-    missing = []
-    if dataset != "synthetic":
-        missing = missing_files(people.source, np.unique(people.files))
+    if dataset == "synthetic":
+        return people
+    names, known = np.unique(people.files, return_inverse=True)
+    names, missing = find_pictures(people.source, names.tolist())
     if missing:
         raise InputError(f"{len(missing)} of the {plural(pictures, 'picture')} of {dataset} split "
                          f"{split!r} are not there:\n  " + "\n  ".join(map(str, missing[:5]))
                          + "\n  ..." * (len(missing) > 5))
+    people.files = np.array(names)[known]
+    for row in np.linspace(0, len(people) - 1, 5).astype(int):
+        people.picture(row)
     return people
 
 
@@ -653,16 +756,30 @@ DATASETS = {
 
 # ---------------------------------------------------------------------------- pictures
 
-def open_picture(path, upright=False):
+Image.MAX_IMAGE_PIXELS = 2 ** 27  # Pillow warns of more, and refuses twice as many: 1 GiB in RGB
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+def open_picture(path, upright=False, size=(0, 0)):
     """A picture from a file, decoded: a Pillow picture in RGB.
 
-    upright: turned as its EXIF orientation says; data sets annotate the pixels as they are stored.
-    InputError if it is missing or can't be decoded."""
-    with reading(path, "a whole picture (fetch it again, or leave it out)"):
+    upright: turned as its EXIF orientation says; data sets annotate the pixels as they are stored,
+    unless that contradicts size, the (width, height) in the annotations (0: any). InputError if it
+    has another size, is missing or too large, or can't be decoded."""
+    with reading(path, "a whole picture, of at most 268 million pixels and in a format that Pillow "
+                 "knows, unlike HEIC (convert it, fetch it again, or leave it out)"):
         with Image.open(path) as picture:
             picture.load()
-            if upright:
+            if upright or 0 not in size and picture.size != size:
                 picture = ImageOps.exif_transpose(picture)
+            if 0 not in size and picture.size != size:
+                raise InputError(f"{path} is {picture.width}x{picture.height}, in the annotations "
+                                 f"{size[0]}x{size[1]}; fetch the picture that was annotated")
+            if picture.mode[0] in "IF":  # 16 or 32 bits, or fractions: thermal cameras, X-rays
+                levels = np.asarray(picture, np.float64)
+                known = levels[np.isfinite(levels)]
+                levels = np.nan_to_num((levels - known.min()) / max(np.ptp(known), 1e-9))
+                picture = Image.fromarray((255 * levels.clip(0, 1)).astype(np.uint8))
             return picture.convert("RGB")
 
 
@@ -761,9 +878,18 @@ def show_samples(dataset, skeleton, targets=True, count=12):
 # ---------------------------------------------------------------------------- files and flags
 
 def read_json(path, object_hook=None):
-    """A parsed JSON file; InputError if it is missing or broken."""
+    """A parsed JSON file, in any of Unicode's forms; InputError if it is missing or broken."""
     with reading(path, "JSON, the whole of it (fetch it again)"):
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=object_hook)
+        return json.loads(Path(path).read_bytes(), object_hook=object_hook)
+
+
+def expect(value, kind):
+    """The value, if it is of the kind, list or dict, and not empty; else ValueError."""
+    if not isinstance(value, kind) or not value:
+        names = {dict: "dictionary", list: "list"}
+        raise ValueError(f"it is {'a' if value else 'an empty'} {names.get(type(value), value)}, "
+                         f"not a {names[kind]} with entries")
+    return value
 
 
 def write_file(path, content, new=False):
@@ -892,7 +1018,7 @@ def image_size(text):
 def number_from(lowest, highest=10**9):
     """An argparse type: whole numbers from lowest to highest."""
     def number(text):
-        if not text.isdigit() or not lowest <= int(text) <= highest:
+        if not text.isdecimal() or not lowest <= int(text) <= highest:
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not a whole number from {lowest} to {highest}")
         return int(text)

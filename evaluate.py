@@ -12,6 +12,7 @@ Both metrics are written here by hand, in numpy; COCO's equals pycocotools."""
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from data import (DATASETS, PoseDataset, affine, flip_order, normalise, people_in_boxes, plural,
-                  read_columns, transform)
+from data import (DATASETS, PoseDataset, affine, expect, flip_order, normalise,
+                  people_in_boxes, plural, read_columns, transform)
 from lapx import (LAPX, MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, decode, from_checkpoint,
                   heatmap_size, load_file, reading, weights_path)
 
@@ -53,16 +54,16 @@ def predict(network, loader, flip=True, shift=True, quarter_offset=True):
     """Joints of the People in a crop_loader: (N,K,3) as x, y in pixels of the pictures, counted
     from 0, and score.
 
-    flip: the flip test, which averages the heatmaps of a crop and of its mirror image; shift,
-    quarter_offset: see flip_back and lapx.decode. The protocol is the paper's and SimpleBaseline's.
-    """
+    flip: the flip test, which averages the heatmaps of a crop and of its mirror image, if the
+    skeleton has flip pairs; shift, quarter_offset: see flip_back and lapx.decode. The protocol is
+    the paper's and SimpleBaseline's."""
     people = loader.dataset.people
     keypoints = np.zeros((len(people), len(network.skeleton.joints), 3))
     order = flip_order(network.skeleton)
     for rows, crops, _, _ in data.progress(loader, "batches"):
         crops = crops.to(network.device, non_blocking=True)
         heatmaps = network(crops)[-1]  # (B,K,h,w)
-        if flip:
+        if flip and network.skeleton.flip_pairs:
             mirrored = network(crops.flip(2))[-1]  # crops are (B,H,W,3)
             heatmaps = (heatmaps + flip_back(mirrored, order, shift)) / 2
         points, scores = decode(heatmaps, quarter_offset)  # (B,K,2), (B,K)
@@ -168,43 +169,47 @@ def precision_and_recall(scores, hit, left_out, total):
     return np.array(sampled), recall.max(1, initial=0)
 
 
-def results_columns(entries, path, num_joints, category):
-    """COCO results, a parsed file -> {image_id (D,), keypoints (D,K,3), score (D,), area (D,)}.
+def results_columns(entries, path, num_joints, categories):
+    """COCO results, a parsed file -> {image_id (D,), category_id (D,), keypoints (D,K,3), score
+    (D,), area (D,)}, of some categories.
 
     The area is that of the box, if the first result has one, else of the joints' extent, as in
     pycocotools. InputError, naming path, if it is not a list of such results."""
-    with reading(path, f"a list of results, some with the category_id {category} of persons"):
-        entries = [entry for entry in entries if entry["category_id"] == category]
-        boxed = "bbox" in entries[0]
-    shapes = {"image_id": (), "score": (), "keypoints": (3 * num_joints,)}
-    columns = read_columns(path, "result", entries, shapes | ({"bbox": (4,)} if boxed else {}))
-    columns["keypoints"] = columns["keypoints"].reshape(len(entries), num_joints, 3)
+    with reading(path, f"a list of results, some with the category_id {categories}"):
+        boxed = bool(expect(entries, list)[0].get("bbox"))
+        known = [entry for entry in entries if float(entry["category_id"]) in categories]
+        expect(known, list)
+    shapes = {"image_id": (), "category_id": (), "score": (), "keypoints": (3 * num_joints,)}
+    columns = read_columns(path, "result", known, shapes | ({"bbox": (4,)} if boxed else {}))
+    columns["keypoints"] = columns["keypoints"].reshape(-1, num_joints, 3)
     extent = columns["bbox"][:, 2:] if boxed else np.ptp(columns["keypoints"][..., :2], axis=1)
     columns["area"] = extent[:, 0] * extent[:, 1]
     return columns
 
 
-def rows_by_picture(image_ids):
-    """{image_id: its rows in their order}, in ascending order of the ids (N,)."""
-    order = np.argsort(image_ids, kind="stable")
-    pictures, start = np.unique(image_ids[order], return_index=True)
-    return dict(zip(pictures.tolist(), np.split(order, start[1:])))
+def rows_by_picture(columns):
+    """{(image_id, category_id): its rows in their order}, in ascending order."""
+    keys, picture = np.unique([columns["image_id"], columns["category_id"]], axis=1,
+                              return_inverse=True)
+    order = np.argsort(picture.ravel(), kind="stable")
+    start = np.cumsum(np.bincount(picture.ravel()))[:-1]
+    return dict(zip(map(tuple, keys.T.tolist()), np.split(order, start)))
 
 
 def coco_ap(file, entries, path, sigmas):
     """The ten numbers of COCO's keypoint task, equal to pycocotools: {AP, AP50, ..., ARL}.
 
     file: a data.CocoFile, the truth. entries: COCO results, parsed. path: their file, for errors.
-    sigmas (K,). A number is from 0 to 1, or -1 where there is nobody to find."""
-    results = results_columns(entries, path, len(sigmas), file.category)
+    sigmas (K,). A number is from 0 to 1, or -1 where there is nobody to find; of several categories
+    the mean over those with somebody to find, each on its own."""
+    results = results_columns(entries, path, len(sigmas), file.categories)
     unknown = np.setdiff1d(results["image_id"], file.images["id"])
     if len(unknown):
         raise InputError(f"the results name {plural(len(unknown), 'picture')} that {file.path} "
                          f"does not have (first: {unknown[0]:.0f}); are both of the same split?")
-    order = np.lexsort((-results["score"], results["image_id"]))  # by picture, then best first
-    _, start, picture = np.unique(results["image_id"][order], return_index=True,
-                                  return_inverse=True)
-    order = order[np.arange(len(order)) - start[picture] < MAX_DETECTIONS]
+    best_first = np.argsort(-results["score"], kind="stable")
+    results = {name: column[best_first] for name, column in results.items()}
+    order = np.concatenate([rows[:MAX_DETECTIONS] for rows in rows_by_picture(results).values()])
     results = {name: column[order] for name, column in results.items()}
     # of annotations with one id the last replaces the others (pycocotools)
     last = {id: row for row, id in enumerate(file.persons["id"])}
@@ -213,8 +218,8 @@ def coco_ap(file, entries, path, sigmas):
     crowd = persons["iscrowd"] > 0
 
     pictures = []  # in which somebody may be found
-    people_in = rows_by_picture(persons["image_id"])
-    for image, detections in rows_by_picture(results["image_id"]).items():  # detections (D,)
+    people_in = rows_by_picture(persons)
+    for image, detections in rows_by_picture(results).items():  # detections (D,)
         people = people_in.get(image, [])  # (G,)
         similarity = [object_keypoint_similarity(
             results["keypoints"][detections, :, :2], persons["keypoints"][row],
@@ -237,13 +242,37 @@ def coco_ap(file, entries, path, sigmas):
         outside = (results["area"] < low) | (results["area"] > high)
         left_out = np.append(ignored, False)[found] | (~hit & outside)
         # train.py --overfit leaves out images
-        total = np.count_nonzero(~ignored & np.isin(persons["image_id"], file.images["id"]))
-        curves.append(precision_and_recall(results["score"], hit, left_out, total))
+        counted = ~ignored & np.isin(persons["image_id"], file.images["id"])
+        of_category = []
+        for category in file.categories:
+            rows = results["category_id"] == category
+            total = np.count_nonzero(counted & (persons["category_id"] == category))
+            of_category.append(precision_and_recall(results["score"][rows], hit[:, rows],
+                                                    left_out[:, rows], total))
+        curves.append([np.column_stack(parts) for parts in zip(*of_category)])
 
     values = []
     for of_all, of_medium, of_large in zip(*curves):  # first the precisions, then the recalls
         values += [of_all, of_all[0], of_all[5], of_medium, of_large]  # [0]: OKS 0.5, [5]: 0.75
-    return {name: float(np.mean(value)) for name, value in zip(COCO_METRICS, values)}
+    return {name: float(np.mean(value[value > -1])) if (value > -1).any() else -1.0
+            for name, value in zip(COCO_METRICS, values)}
+
+
+def unscored(file):
+    """Why a CocoFile's persons can't be scored; "" if they can. Prints what lowers their AP."""
+    persons = file.persons
+    labelled = persons["keypoints"].any((1, 2))
+    counted = persons["num_keypoints"] > 0
+    lost = len(labelled) - np.count_nonzero(np.unique(persons["id"]))
+    for count, fault in ((lost, "have an id that is 0 or another's, and count as not found"),
+                         (sum(counted != labelled), "have a num_keypoints that contradicts their "
+                          "joints' flags, and decides whether they are to be found")):
+        if count:
+            print(f"{file.path}: {count} annotations {fault}; so it is in pycocotools")
+    if not labelled.any():
+        return "nobody has a labelled joint"
+    unsized = sum((counted | labelled) & (persons["area"] < 0))
+    return f"{unsized} annotations have no area, which OKS needs" if unsized else ""
 
 
 # ---------------------------------------------------------------------------- results
@@ -277,21 +306,23 @@ def coco_results(keypoints, people, network):
     """Predictions (N,K,3), in pixels of the pictures -> what COCO's server takes: a list of
     {image_id, category_id, keypoints, score}."""
     scores, kept = rescore(keypoints, people, network)
-    return [{"image_id": int(people.image_id[row]), "category_id": people.truth.category,
+    return [{"image_id": int(people.image_id[row]),
+             "category_id": int(people.category_id[row]),
              "keypoints": keypoints[row].ravel().tolist(), "score": float(scores[row])}
             for row in kept]
 
 
 # ---------------------------------------------------------------------------- a network from a file
 
-DEFAULT_INFO = {"dataset": None, "mean": MEAN, "std": STD, "colour": "RGB", "precision": "tf32"}
+DEFAULT_INFO = {"dataset": None, "splits": None, "mean": MEAN, "std": STD, "colour": "RGB",
+                "precision": "tf32"}
 
 
-def model_info(dataset, skeleton, size, precision="tf32"):
+def model_info(dataset, skeleton, size, precision="tf32", splits=None):
     """All that belongs to a network's weights, as plain types: kept in checkpoints and ONNX files,
     so that no flag has to be repeated."""
     return DEFAULT_INFO | {"dataset": dataset, "skeleton": asdict(skeleton), "input": list(size),
-                           "precision": precision}
+                           "precision": precision, "splits": splits}
 
 
 class Network:
@@ -307,6 +338,7 @@ class Network:
         self.device = torch.device(device)
         self.skeleton = Skeleton(**info["skeleton"])
         self.size = data.image_size("{}x{}".format(*info["input"]))
+        self.splits = info["splits"] or DATASETS[info["dataset"] or "mpii"].splits
         self.normalisation = ({"RGB": False, "BGR": True}[info["colour"]],
                               tuple(map(float, info["mean"])), tuple(map(float, info["std"])))
         # Evaluation computes as training did, but for bfloat16, which is for training alone. The
@@ -359,10 +391,7 @@ def open_network(path, device="auto", size=None, skeleton=None, bgr=False):
         info = DEFAULT_INFO | (info or {}) | {key: value for key, value in changes.items() if value}
         network = Network(forward, info, device)
         # what does not fit together fails here
-        joints = np.ones((len(flip_order(network.skeleton)), 3))
-        data.draw_pose(Image.new("RGB", (1, 1)), joints, network.skeleton)
         normalise(torch.zeros(1, 1, 1, 3), *network.normalisation)
-        DATASETS[info["dataset"] or "mpii"]  # an unknown one fails
     network(torch.zeros(1, *network.size, 3, dtype=torch.uint8))
     return network
 
@@ -444,15 +473,19 @@ def evaluate_dataset(args, network):
         raise InputError(f"{args.weights} does not tell its data set; name a --dataset or --image")
     if dataset != "coco" and args.boxes != "gt":
         raise InputError(f"--boxes means nothing with {dataset}, whose boxes are annotated")
-    split = args.split or DATASETS[dataset].splits[1]
+    own = dataset == network.info["dataset"]
+    split = args.split or (network.splits if own else DATASETS[dataset].splits)[1]
     people = data.load_people(dataset, args.data, split, network.size, network.skeleton,
                               args.boxes)
-    scored = (people.truth.persons["num_keypoints"] if people.truth else people.visible).any()
+    reason = unscored(people.truth) if people.truth else ""
+    if not people.truth and not people.visible.any():
+        reason = "nobody has an annotated joint"
     # DIFFERS: boxes of COCO's persons. The paper's numbers are with a detector's boxes, ours are
     # with annotated ones unless --boxes names a file: about 2 AP more. The result line says which.
     boxes = "annotated (gt)" if args.boxes == "gt" else f"of {args.boxes}"
     loader = crop_loader(network, people, args.batch_size, args.workers)
-    for flip in [False, True] if args.both else [not args.no_flip]:
+    mirrored = len(network.skeleton.flip_pairs) > 0
+    for flip in [False, mirrored] if args.both else [mirrored and not args.no_flip]:
         keypoints = predict(network, loader, flip, not args.no_shift, not args.no_offset)
         results = None
         if people.truth:
@@ -463,7 +496,7 @@ def evaluate_dataset(args, network):
             path = args.out / "pred.mat"
             data.write_file(path, {"preds": keypoints[..., :2] + 1})  # MPII counts from 1
         print(f"wrote {path}")
-        if scored:
+        if not reason:
             how = f"flip test {'without' if args.no_shift else 'with'} shift"
             how = (how if flip else "no flip test") + ", no quarter offset" * args.no_offset
             name = "metrics.json" if flip or not args.both else "metrics_no_flip.json"
@@ -471,8 +504,8 @@ def evaluate_dataset(args, network):
                    f"{plural(len(people), 'person')}, boxes {boxes},\ninput "
                    f"{network.size[0]}x{network.size[1]}, {how}", people.head_source,
                    args.out / name)
-    if not scored:
-        print(f"{dataset} {split} has no annotated joints, so there is no score")
+    if reason:
+        print(f"{dataset} {split}: there is no score, as {reason}")
 
 
 def evaluate_results(args):
@@ -489,9 +522,10 @@ def evaluate_results(args):
                people.head_source, args.out / "metrics.json")
     else:
         skeleton = SKELETONS[args.skeleton or "coco"]
-        truth = data.read_coco_file(args.annotations, len(skeleton.joints))
-        if not truth.persons["num_keypoints"].any():
-            raise InputError(f"{args.annotations} has nobody with labelled joints to score")
+        truth = data.read_coco_file(args.annotations, skeleton)
+        reason = unscored(truth)
+        if reason:
+            raise InputError(f"{args.annotations} can't be scored: {reason}")
         metrics = coco_ap(truth, data.read_json(args.results), args.results, skeleton.sigmas)
         report(metrics, f"{args.results}: {args.annotations}", "", args.out / "metrics.json")
 
@@ -531,12 +565,19 @@ def predict_picture(network, picture, boxes=None, scores=None, batch_size=32, **
 
 
 def pictures_in(places):
-    """The pictures among files and in folders, as paths; InputError if there is none."""
+    """The pictures among files and in folders, as paths. What else the folders have is counted.
+    InputError if there is no picture."""
     paths = []
     for place in places:
-        inside = [path for path in sorted(place.iterdir())
-                  if path.suffix.lower() in PICTURES] if place.is_dir() else [place]
-        paths += inside
+        inside = sorted(place.iterdir()) if place.is_dir() else []
+        # a Mac puts ._1.jpg beside 1.jpg
+        found = [path for path in inside if path.suffix.lower() in PICTURES and path.name[0] != "."]
+        others = Counter("folder" if path.is_dir() else "hidden" if path.name[0] == "." else
+                         path.suffix for path in {*inside} - {*found})
+        if others:
+            print(f"{place}: not taken for pictures: " + ", ".join(
+                f"{count} {kind}" for kind, count in sorted(others.items())))
+        paths += found if place.is_dir() else [place]
     if not paths:
         raise InputError(f"{places[0]} has no pictures ({', '.join(sorted(PICTURES))})")
     return paths
@@ -556,9 +597,9 @@ def evaluate_pictures(args, network):
                          "without the pictures, and give two of one name one by one")
     detected = {path: (args.box, None) for path in paths}
     if args.boxes != "gt":
-        known = {int(path.stem): row for row, path in enumerate(paths) if path.stem.isdigit()}
-        known |= {path.name: row for row, path in enumerate(paths)}
-        found, boxes, scores = data.read_detections(args.boxes, known)
+        numbers = [int(path.stem) if path.stem.isdecimal() else None for path in paths]
+        find = data.picture_finder(numbers, "", [str(path) for path in paths])
+        found, _, boxes, scores = data.read_detections(args.boxes, find)
         for row, path in enumerate(paths):
             here = np.equal(found, row)
             detected[path] = (boxes[here], scores[here])

@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import evaluate
-from data import DATASETS, normalise, plural
+from data import normalise, plural
 from lapx import (ECA, LAPX, SKELETONS, STRIDE, Block, InputError, SpatialAttention, Stage, Stem,
                   decode, reading, variant_name)
 
@@ -500,7 +500,7 @@ def calibration_images(network, args, count=64):
         crops = [evaluate.crop_of(network, picture, [0, 0, *picture.size])[0][0]
                  for picture in pictures]
     elif dataset:
-        people = data.load_people(dataset, args.data, DATASETS[dataset].splits[0], network.size,
+        people = data.load_people(dataset, args.data, network.splits[0], network.size,
                                   network.skeleton, most=count)
         samples = data.PoseDataset(people, network.size, network.skeleton)
         crops = [samples[row][1] for row in range(len(people))]

@@ -85,12 +85,29 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Skeleton:
-    """The joints of a data set. A new set of joints is one more entry in SKELETONS."""
+    """The joints of a data set. A new set of joints is one more entry in SKELETONS. ValueError if
+    its parts do not fit together."""
 
     joints: tuple  # K names, in the order of the heatmaps
-    flip_pairs: tuple  # pairs of joint indices that change places when a picture is mirrored
+    flip_pairs: tuple  # pairs of joint indices that change places when a picture is mirrored; with
+    # none nothing is mirrored: left and right differ (text, machines)
     limbs: tuple  # pairs of joint indices that are joined by a line in drawings
     sigmas: tuple = ()  # K falloffs of the object keypoint similarity (OKS), COCO's metric
+
+    def __post_init__(self):
+        K = len(self.joints)
+        paired = [index for pair in self.flip_pairs for index in pair]
+        drawn = [index for pair in self.limbs for index in pair]
+        faults = {
+            "joints are no tuple of different names": isinstance(self.joints, str) or not all(
+                isinstance(name, str) for name in self.joints) or len({*self.joints}) < K,
+            f"flip_pairs and limbs are not all indices from 0 to {K - 1} (COCO's own files count "
+            "limbs from 1)": not {*paired, *drawn} <= {*range(K)},
+            "a joint is in two flip_pairs": len({*paired}) < len(paired),
+            f"sigmas are not {K} numbers, or none": len(self.sigmas) not in (0, K)}
+        for fault, found in faults.items():
+            if found:
+                raise ValueError(f"{fault}: {self}")
 
 
 SKELETONS = {

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import unicodedata
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -919,10 +920,14 @@ def test_missing_annotations_and_pictures_are_listed_with_where_to_get_them(mpii
                                          r"(?s:.)*images/0.jpg\n(?s:.)*\.\.\."):
         data.load_people("mpii", tmp_path, "train", (64, 64), MPII)
     for number in range(5):
-        data.write_file(tmp_path / f"images/{number}.jpg", b"broken, which shows when it is opened")
+        shutil.copy(mpii / f"images/{number}.jpg", tmp_path / "images")
     with pytest.raises(InputError, match="1 of the 6 pictures (?s:.)*5.jpg$"):
         data.load_people("mpii", tmp_path, "train", (64, 64), MPII)
-    data.write_file(tmp_path / "images/5.jpg", b"")
+    data.write_file(tmp_path / "images/5.jpg", b"broken")
+    with pytest.raises(InputError, match="5.jpg can't be read"):  # one of the five that are opened
+        data.load_people("mpii", tmp_path, "train", (64, 64), MPII)
+    shutil.copy(mpii / "images/5.jpg", tmp_path / "images")
+    data.write_file(tmp_path / "images/4.jpg", b"broken, which shows when it is opened")
     assert len(data.load_people("mpii", tmp_path, "train", (64, 64), MPII)) == 6
 
 
@@ -931,16 +936,27 @@ def test_whether_all_pictures_are_there_is_one_listing_of_each_folder(tmp_path, 
     for name in names:
         data.write_file(tmp_path / name, b"")
     listings = []
-    real = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda path: listings.append(path) or real(path))
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: listings.append(path) or real(path))
     monkeypatch.setattr(Path, "is_file", lambda path: pytest.fail("a file was looked at"))
-    assert data.missing_files(tmp_path, names) == [] and len(listings) == 3
+    assert data.find_pictures(tmp_path, names) == (names, []) and len(listings) == 3
     monkeypatch.undo()
-    assert data.missing_files(tmp_path, [*names, "a/9.jpg", "c/1.jpg", "", "a/"]) == [
+    assert data.find_pictures(tmp_path, [*names, "a/9.jpg", "c/1.jpg", "", "a/"])[1] == [
         tmp_path / "a/9.jpg", tmp_path / "c/1.jpg", tmp_path, tmp_path / "a"]
     # a file system that does not tell capitals from small letters
     monkeypatch.setattr(Path, "is_file", lambda path: path.name.lower() == "1.jpg")
-    assert data.missing_files(tmp_path, ["a/1.JPG", "a/9.JPG"]) == [tmp_path / "a/9.JPG"]
+    assert data.find_pictures(tmp_path, ["a/1.JPG", "a/9.JPG"]) == (
+        ["a/1.JPG", "a/9.JPG"], [tmp_path / "a/9.JPG"])
+
+
+def test_a_file_is_found_whatever_the_way_its_name_is_written(tmp_path):
+    composed = unicodedata.normalize("NFC", "é/ü.jpg")
+    for name in (unicodedata.normalize("NFD", composed), "sub/1.jpg", "odd\\2.jpg"):
+        data.write_file(tmp_path / name, b"")
+    names = [composed, "sub\\1.jpg", "./sub/1.jpg", "odd/2.jpg", "odd\\2.jpg", "sub\\2.jpg"]
+    found, missing = data.find_pictures(tmp_path, names)
+    assert missing == [tmp_path / "sub\\2.jpg"]
+    assert all((tmp_path / name).is_file() for name in found[:5]) and found[0] != composed
 
 
 def test_train_and_valid_people_are_others_and_are_counted(mpii, capsys):
@@ -975,8 +991,10 @@ def test_coco_reader_cleans_boxes_and_leaves_out_crowds_and_the_unlabelled(tmp_p
         "categories": [{"id": 1, "keypoints": list(COCO.joints)}]})
     people = data.read_coco(tmp_path, "val2017")
     assert people.image_id.tolist() == [3, 2, 2]  # in the order of the list of images
-    assert ("of 6 persons 5 with labelled joints, 2 of them without area or box"
-            in capsys.readouterr().out)
+    told = capsys.readouterr().out
+    assert "annotations by category: 7 of 1; 1 of 2, left out\n" in told
+    assert ("of 7 annotations left out: 1 marked as crowd, 1 without a labelled joint (of flag 1 "
+            "or 2), 1 without a box in the picture, 1 of area 0\n") in told
     # -10..20 is clipped to 0..29 (width 31 counts from the clipped edge), 80..140 to 80..99
     assert people.center.tolist() == [[15, 89.5], [25, 30], [5, 9]]  # one is a pixel wide
     widths = [max(30, 19 * 0.75), max(30, 40 * 0.75), 8 * 0.75]
@@ -998,8 +1016,9 @@ def test_ids_are_whole_numbers_up_to_2_to_the_53(id, coco, tmp_path):
     results = [{"image_id": id, "category_id": 1, "score": 1,
                 "keypoints": content["annotations"][4]["keypoints"]}]
     assert evaluate.coco_ap(people.truth, results, "results", COCO.sigmas)["AP"] > 0
-    for wrong in (2**53 + 1, id + 0.5, float("nan"), -2**60):
-        content["annotations"][-1]["id"] = wrong
+    for field, wrong in (("id", 2**53 + 1), ("id", id + 0.5), ("id", -2**60),
+                         ("image_id", float("nan")), ("image_id", 0.5)):
+        content["annotations"][-1][field] = wrong
         data.write_file(path, content)
         with pytest.raises(InputError, match=r"person 6, .* not a whole number below 2\^53"):
             data.read_coco(tmp_path, "val2017")
@@ -1007,15 +1026,24 @@ def test_ids_are_whole_numbers_up_to_2_to_the_53(id, coco, tmp_path):
 
 @pytest.mark.parametrize("spoil, complaint", [
     (lambda content: content["annotations"][2]["keypoints"].pop(), "person 2, .*50 values, not 51"),
-    (lambda content: content["annotations"][2].pop("area"), "person 2, .*'area' is missing"),
-    (lambda content: content["annotations"][2].update(bbox=None), "person 2, "),
+    (lambda content: content["annotations"][2].pop("image_id"), "person 2, .*'image_id' is miss"),
+    (lambda content: content["annotations"][2].update(image_id=None), "person 2, |image_id"),
     (lambda content: content["annotations"][2].update(bbox=[1] * 8), "person 2, .*bbox has 8"),
-    (lambda content: content["annotations"][2].update(image_id=12345), "first: image_id 12345"),
-    (lambda content: content["annotations"].clear(), "nobody is left to learn from"),
+    (lambda content: content["annotations"][2].update(bbox=["x"] * 4), "bbox.*'x'"),
+    (lambda content: content["annotations"][2].update(area=1e300), "person 2, .*area is 1e"),
+    (lambda content: content["annotations"][2].pop("category_id"), "'category_id' is missing"),
+    (lambda content: content["annotations"][2].update(category_id="dog"), "'dog'"),
+    (lambda content: content["annotations"].clear(), "of 0 annotations left out: none; .* nobody"),
+    (lambda content: content["images"].clear(), "it is an empty list, not a list with entries"),
+    (lambda content: content.update(images={"1": {}}), "it is a dictionary, not a list"),
+    (lambda content: content.update(annotations={"1": {}}), "it is a dictionary, not a list"),
     (lambda content: content.pop("images"), "'images' is missing"),
     (lambda content: content["images"].insert(1, {"width": 2}), "picture 1, .*'id' is missing"),
     (lambda content: content["images"][1].update(width=-1), "picture 1, .*width is -1"),
-    (lambda content: [item.update(area=0) for item in content["annotations"]], "without area"),
+    (lambda content: [item.update(area=0) for item in content["annotations"]], "6 of area 0; ther"),
+    (lambda content: [item.update(image_id=5) for item in content["annotations"]],
+     "6 in pictures that are not listed; there"),
+    (lambda content: [item.update(iscrowd=1) for item in content["annotations"]], "7 marked as c"),
     (lambda content: content["images"].append(None), "NoneType")])
 def test_a_malformed_coco_entry_is_named_with_its_file(spoil, complaint, coco, tmp_path):
     content = data.read_json(coco / "annotations/person_keypoints_val2017.json")
@@ -1064,12 +1092,15 @@ def test_the_people_in_the_first_pictures_are_scored_alone(coco):
 def test_detections_belong_to_pictures_by_file_name_or_by_id(coco, tmp_path, capsys):
     box = {"bbox": [1, 2, 3, 4], "score": 0.5}
     data.write_file(tmp_path / "boxes.json", [
-        {**box, "file_name": "somewhere/1.jpg"}, {**box, "image_id": 7}, {**box, "image_id": 1},
+        {**box, "file_name": "val2017/1.jpg"}, {**box, "image_id": 7}, {**box, "image_id": 1},
         {**box, "file_name": "9.jpg"}, {**box, "image_id": 8, "bbox": [1, 2, 0, 4]},
         {**box, "image_id": 9, "category_id": 18}])
     people = data.read_coco(coco, "val2017", (64, 64), COCO, tmp_path / "boxes.json")
     assert people.image_id.tolist() == [8, 7]  # 1.jpg is picture 8 there
-    assert "of 5 boxes 2 of no picture here and 1 of no size left out" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert ("boxes.json: of 6 boxes left out: 1 of other categories than [1], 2 of no picture here,"
+            " or of a name that several have\n") in told
+    assert "boxes.json: of 3 boxes left out: 1 of no size\n" in told
 
 
 def test_synthetic_people_are_the_same_for_the_same_seed_others_in_valid_and_partly_outside():
@@ -1406,7 +1437,7 @@ def test_persons_of_one_picture_are_decoded_once(coco, monkeypatch):
     opened = []
     open_picture = data.open_picture
     monkeypatch.setattr(data, "open_picture",
-                        lambda path: opened.append(path.name) or open_picture(path))
+                        lambda path, size: opened.append(path.name) or open_picture(path))
     dataset = PoseDataset(people, (64, 48), COCO)
     assert all(np.array_equal(dataset[row][1], expected[row]) for row in range(6))
     assert opened == ["0.jpg", "1.jpg", "2.jpg"]
@@ -1521,14 +1552,14 @@ def test_faults_of_memory_and_batches_get_a_sentence(fault, sentence):
     (RuntimeError("the DataLoader worker of mine"), 0), (MemoryError("of my own"), 1),
     (RuntimeError("more than 1 value per channel"), 0)])
 def test_faults_of_the_code_keep_their_traceback(fault, workers, mpii, tmp_path, monkeypatch):
-    def picture(people, row):
+    def crop(picture, matrix, size):
         raise fault
 
-    monkeypatch.setattr(data.People, "picture", picture)
+    monkeypatch.setattr(data, "crop", crop)
     started = Started(tmp_path / "log.txt", ["train.py", *arguments(
         mpii, tmp_path / "run", "--workers", workers)])
     assert started.end() == 1
-    assert "in picture\n    raise fault" in started.printed()
+    assert "in crop\n    raise fault" in started.printed()
     assert f"{type(fault).__name__}: {fault}\n" in started.printed()
 
 
@@ -1648,7 +1679,7 @@ def test_average_precision_equals_pycocotools(kind, capsys, tmp_path):
                          "keypoints")
         judge.evaluate(), judge.accumulate(), judge.summarize()
         data.write_file(tmp_path / "truth.json", file)
-        ours = evaluate.coco_ap(data.read_coco_file(tmp_path / "truth.json", 17),
+        ours = evaluate.coco_ap(data.read_coco_file(tmp_path / "truth.json", COCO),
                                 results, "results", COCO.sigmas)
         assert list(ours) == list(evaluate.COCO_METRICS)
         assert np.abs(judge.stats - list(ours.values())).max() < 1e-9
@@ -1677,12 +1708,13 @@ def some_persons(image_ids, scale, box_scores, truth=None):
 
 
 def test_a_persons_score_is_the_mean_of_joint_scores_above_a_fifth_times_the_boxs():
-    people = some_persons([5, 4, 5], [0.5] * 3, [1, 0.5, 0.9], argparse.Namespace(category=3))
+    people = some_persons([5, 4, 5], [0.5] * 3, [1, 0.5, 0.9], None)
+    people.category_id = np.array([3, 3, 4])
     keypoints = np.random.default_rng(0).uniform(0, 1000, (3, 17, 3))
     keypoints[..., 2] = [[0.1] * 15 + [0.8, 0.4], [0.2] * 17, [0.4] * 17]
     results = evaluate.coco_results(keypoints, people, network_of(None, (256, 192), "coco"))
     assert [(result["image_id"], round(result["score"], 9), result["category_id"])
-            for result in results] == [(5, 0.6, 3), (5, 0.36, 3), (4, 0, 3)]
+            for result in results] == [(5, 0.6, 3), (5, 0.36, 4), (4, 0, 3)]
     assert results[0]["keypoints"] == keypoints[0].flatten().tolist()  # x, y, score
 
 
@@ -1729,7 +1761,7 @@ def test_evaluating_coco_writes_what_the_server_takes(weights, coco, tmp_path, m
     assert data.read_json(tmp_path / "b/metrics.json") == metrics
     text = run("evaluate.py", "--weights", weights[1], "--dataset", "coco", "--data", coco,
                "--split", "test2017", "--boxes", coco / "detections.json", "--out", tmp_path / "c")
-    assert "no annotated joints" in text and (tmp_path / "c/results.json").exists()
+    assert "coco test2017: there is no score, as nobody has a labelled joint" in text and (tmp_path / "c/results.json").exists()
     assert not (tmp_path / "c/metrics.json").exists()
 
 
@@ -1741,6 +1773,7 @@ def test_a_network_of_own_joints_is_scored_without_naming_them_again(coco, tmp_p
     content = data.read_json(coco / "annotations/person_keypoints_val2017.json")
     for annotation in content["annotations"]:
         annotation["keypoints"] = annotation["keypoints"][:9]
+    content["categories"][0]["keypoints"] = list(own.joints)
     data.write_file(tmp_path / "annotations/person_keypoints_val2017.json", content)
     (tmp_path / "images").symlink_to(coco / "images")
     text = run("evaluate.py", "--weights", tmp_path / "own.pt", "--data", tmp_path, "--out",
@@ -1901,7 +1934,7 @@ def test_a_picture_without_a_detection_is_no_error(weights, mpii, tmp_path):
     assert person["joints"] == expected["joints"]
     code, text = run("evaluate.py", "--weights", weights[0], "--image", mpii / "images/0.jpg",
                      "--boxes", tmp_path / "boxes.json", "--out", tmp_path, check=False)
-    assert code == 1 and "boxes.json has no box of a person in any of these pictures" in text
+    assert code == 1 and "boxes.json: of 1 boxes left out: 1 of no picture here" in text
 
 
 @pytest.mark.parametrize("name, dataset, size", [
@@ -1925,8 +1958,7 @@ def test_bare_weights_of_other_joints_need_to_be_told_which(tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"mean": [0.5, 0.5]}, {"std": 1}, {"colour": "CMYK"}, {"input": [64]}, {"dataset": "lsp"},
-    {"skeleton": vars(replace(MPII, limbs=((0, 16),)))},
-    {"skeleton": vars(replace(MPII, flip_pairs=((0, 16),)))}])
+    {"skeleton": vars(MPII) | {"limbs": ((0, 16),)}}, {"skeleton": vars(MPII) | {"joints": "abc"}}])
 def test_a_network_whose_facts_do_not_fit_together_gets_a_sentence(change, weights, tmp_path):
     content = lapx.load_file(weights[0])
     torch.save({**content, "info": content["info"] | change}, tmp_path / "odd.pt")
@@ -1960,7 +1992,7 @@ def test_scores_are_told_in_percent_and_no_score_as_minus_one(tmp_path, capsys):
     (["--weights", "W", "--image", "none.jpg"], "none.jpg: there is no such file"),
     (["--weights", "W", "--dataset", "mpii", "--data", "none"],
      "no annotations of mpii split 'valid'"),
-    (["--weights", "W", "--dataset", "coco", "--data", "none"], "needs a sigma for each joint")])
+    (["--results", "x.json", "--annotations", "x.json", "--skeleton", "mpii"], "needs a sigma")])
 def test_mistakes_of_the_user_get_a_sentence_and_a_status(arguments, complaint, weights, tmp_path):
     arguments = [weights[0] if argument == "W" else argument for argument in arguments]
     status, said = run("evaluate.py", *arguments, "--out", tmp_path, check=False)
@@ -2328,6 +2360,7 @@ def test_a_run_prints_and_writes_what_it_should(finished, mpii):
     best, last = (lapx.load_file(out / name) for name in ("best.pt", "last.pt"))
     assert best["info"] == last["info"] == {
         "dataset": "mpii", "skeleton": vars(MPII), "input": [64, 64], "colour": "RGB",
+        "splits": ["train", "valid"],
         "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
         "precision": recipe["precision"]} and recipe["precision"] != "auto"
     for group in last["optimiser"]["param_groups"]:  # Adam as torch has it
@@ -2456,7 +2489,7 @@ def test_an_epoch_is_scored_by_the_average_precision_of_coco_people(tmp_path, mo
     text = run("train.py", "--dataset", "coco", "--data", tmp_path / "stick", "--skeleton", "stick",
                "--variant", "tiny", "--input", "64x64", "--batch-size", 3, "--epochs", 1,
                "--workers", 0, "--device", "cpu", "--out", tmp_path / "run")
-    assert "coco train2017: 6 persons in 6 pictures\ncoco val2017: 4 persons" in text
+    assert "coco train2017: 6 persons in 6 pictures\n" in text and "val2017: 4 persons" in text
     last = lapx.load_file(tmp_path / "run/last.pt")
     row, = last["history"]
     line = next(line for line in text.splitlines() if line.strip().startswith("1/1"))
@@ -2890,7 +2923,7 @@ def stick_figures(root, counts=(400, 40)):
         path = Path(root) / f"annotations/person_keypoints_{split}.json"
         data.write_file(path, json.dumps({
             "images": images, "annotations": annotations,
-            "categories": [{"id": 5, "name": "stick figure", "keypoints": ["head"]}]}))
+            "categories": [{"id": 5, "name": "stick figure", "keypoints": list(STICK.joints)}]}))
 
 
 def test_own_joints_train_and_are_scored_as_the_readme_says(tmp_path, monkeypatch):

@@ -318,6 +318,9 @@ def train(args, rank):
                          "slower than without (pytorch 107372, 139207)")
 
     # processes
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        raise InputError("WORLD_SIZE is set, but not by a launcher: start several processes with "
+                         "torchrun --nproc_per_node=N train.py, or unset it")
     device = torch.device(args.device)
     if world > 1:
         if device.type == "cuda":
@@ -342,6 +345,11 @@ def train(args, rank):
         valid = None
         if rank == 0:  # the first process scores for all
             valid = data.load_people(recipe.dataset, recipe.data, recipe.splits[1], size, skeleton)
+    reason = evaluate.unscored(valid.truth) if valid and valid.truth else ""
+    if reason:
+        print(f"epochs are not scored: {reason}")
+    if not skeleton.flip_pairs:
+        print("the skeleton has no flip pairs: nothing is mirrored, and there is no flip test")
     parts = world * recipe.accumulate  # of a batch, of one size
     batch_size = min(recipe.batch_size, len(people)) // parts * parts
     if not batch_size:
@@ -366,7 +374,7 @@ def train(args, rank):
     torch.manual_seed(recipe.seed)
     torch.backends.cudnn.benchmark = True
     model = lapx(len(skeleton.joints), recipe.variant)
-    info = evaluate.model_info(recipe.dataset, skeleton, size, recipe.precision)
+    info = evaluate.model_info(recipe.dataset, skeleton, size, recipe.precision, recipe.splits)
     if world > 1 and device.type == "cuda":
         # PAPER SILENT: BatchNorm with several processes. On GPUs it normalises over the whole
         # batch. On CPUs, where torch cannot, each process normalises its share, and the running
@@ -425,7 +433,8 @@ def train(args, rank):
         if rank > 0:  # the first process's network is scored and saved
             continue
         metrics = {}
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == recipe.epochs:
+        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == recipe.epochs
+        if due and not reason:
             model.eval()
             keypoints = evaluate.predict(network, crops, flip=False)
             metrics = evaluate.score(keypoints, valid, network)
@@ -437,7 +446,7 @@ def train(args, rank):
                "accumulate": recipe.accumulate, **metrics}
         history.append(row)
         percent = 100 if best == "AP" else 1
-        shown = f"{percent * metrics[best]:.2f}" if metrics else "-"
+        shown = f"{percent * metrics[best]:.2f}" if metrics.get(best, -1) >= 0 else "-"
         seconds = np.mean([row["seconds"] for row in history[-args.eval_every:]])
         left = round((recipe.epochs - epoch - 1) * seconds)
         gammas = " ".join(f"{gamma:.3f}" for gamma in gammas.values()) or "-"
@@ -452,18 +461,20 @@ def train(args, rank):
         data.write_file(out / "last.pt", content)
     # the group of processes ends after this function, as DistributedDataParallel must go before it:
     # else torch 2.13 waits for itself now and then, forever
-    return (out, history, best, network, crops) if rank == 0 else None
+    return (out, history, best, network, crops, not reason) if rank == 0 else None
 
 
-def report(out, history, best, network, crops):
+def report(out, history, best, network, crops, scored=True):
     """Scores the network of the last epoch without and with the flip test, and draws the run."""
     network.forward.eval()
     valid = crops.dataset.people
     # PAPER SILENT: which epoch is scored. The last one; the best one would be picked by the
     # very people that it is scored on.
     height, width = network.size
-    for flip in (False, True):
+    for flip in (False, True) if network.skeleton.flip_pairs else (False,):
         keypoints = evaluate.predict(network, crops, flip)
+        if not scored:
+            continue
         evaluate.report(evaluate.score(keypoints, valid, network),
                         f"{network.info['dataset']}, {plural(len(valid), 'person')}, boxes "
                         f"annotated (gt),\ninput {height}x{width}, last epoch, "
