@@ -1761,7 +1761,8 @@ def test_evaluating_coco_writes_what_the_server_takes(weights, coco, tmp_path, m
     assert data.read_json(tmp_path / "b/metrics.json") == metrics
     text = run("evaluate.py", "--weights", weights[1], "--dataset", "coco", "--data", coco,
                "--split", "test2017", "--boxes", coco / "detections.json", "--out", tmp_path / "c")
-    assert "coco test2017: there is no score, as nobody has a labelled joint" in text and (tmp_path / "c/results.json").exists()
+    assert "coco test2017: there is no score, as nobody has a labelled joint" in text
+    assert (tmp_path / "c/results.json").exists()
     assert not (tmp_path / "c/metrics.json").exists()
 
 
@@ -2130,6 +2131,523 @@ def test_json_that_is_nested_too_deep_gets_a_sentence(tmp_path):
     data.write_file(tmp_path / "deep.json", "[" * 100000)
     with pytest.raises(InputError, match="deep.json must be JSON"):
         data.read_json(tmp_path / "deep.json")
+
+
+# ---------------------------------------------------------------------------- files of users
+
+def with_changes(coco, folder, change):
+    """The coco folder's validation split with changed annotations, as both splits of a folder."""
+    content = data.read_json(coco / "annotations/person_keypoints_val2017.json")
+    change(content)
+    for split in ("train2017", "val2017"):
+        data.write_file(folder / f"annotations/person_keypoints_{split}.json", content)
+        (folder / "images").mkdir(exist_ok=True)
+        (folder / "images" / split).symlink_to(coco / "images/val2017")
+    return folder
+
+
+def pycocotools_ap(truth, results):
+    """The ten numbers by pycocotools, of parsed files."""
+    from pycocotools.coco import COCO as Reference
+    from pycocotools.cocoeval import COCOeval
+
+    reference = Reference()
+    reference.dataset = copy.deepcopy(truth)
+    reference.createIndex()
+    judge = COCOeval(reference, reference.loadRes(copy.deepcopy(results)), "keypoints")
+    judge.evaluate(), judge.accumulate(), judge.summarize()
+    return judge.stats
+
+
+def as_published(folder):
+    """A small data set with all that is odd in COCO's own files, in both splits."""
+    rng = np.random.default_rng(1)
+    limbs = [[a + 1, b + 1] for a, b in COCO.limbs]  # counted from 1
+    images = []
+    annotations = []
+    for number in range(6):
+        width, height = (320, 240) if number % 2 else (240, 320)
+        images.append({
+            "license": 4, "file_name": f"{number + 139:012}.jpg", "height": height, "width": width,
+            "coco_url": "http://x.org/1.jpg", "date_captured": "2013-11-14 11:18:45",
+            "flickr_url": "http://y.org/1.jpg", "id": number + 139})
+        for place in range(3):  # the third is partly outside, and so are his joints
+            box = [60.5 * place, 20.25, 120.0, 180.75] if place < 2 else [-10, height - 90, 99, 120]
+            keypoints = np.zeros((17, 3))
+            labelled = rng.random(17) < 0.7
+            flags = rng.integers(1, 3, 17)
+            keypoints[labelled] = np.column_stack(
+                [box[:2] + rng.random((17, 2)) * box[2:], flags])[labelled].round()
+            annotations.append({
+                "segmentation": [[10.5, 20.25, 30, 40, 50, 60]], "iscrowd": 0, "category_id": 1,
+                "num_keypoints": int(labelled.sum()), "area": 0.55 * box[2] * box[3], "bbox": box,
+                "keypoints": keypoints.ravel().tolist(), "image_id": number + 139,
+                "id": 183000 + 10 * number + place})
+        annotations.append({  # a small person that nobody labelled
+            **annotations[-1], "num_keypoints": 0, "keypoints": [0] * 51, "area": 90.0,
+            "bbox": [5.1, 6.2, 9.3, 14.4], "id": 183009 + 10 * number})
+    crowd = {**annotations[3], "iscrowd": 1, "id": 900100087038, "bbox": [0, 0, 300.5, 60],
+             "segmentation": {"counts": [272, 2, 4, 4], "size": [320, 240]}, "area": 9000}
+    person = {"supercategory": "person", "id": 1, "name": "person", "skeleton": limbs,
+              "keypoints": [name.replace(" ", "_") for name in COCO.joints]}
+    for split in ("train2017", "val2017"):
+        data.write_file(folder / f"annotations/person_keypoints_{split}.json", json.dumps({
+            "info": {"year": 2017}, "licenses": [{"id": 4}], "images": images,
+            "annotations": [*annotations, crowd], "categories": [person]}))
+        for image in images:
+            pixels = rng.integers(0, 255, (image["height"], image["width"], 3), np.uint8)
+            path = folder / f"images/{split}/{image['file_name']}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+
+
+def test_a_file_like_cocos_own_is_trained_on_and_scored(tmp_path):
+    as_published(tmp_path)
+    text = run("train.py", "--dataset", "coco", "--data", tmp_path, "--variant", "tiny", "--input",
+               "64x64", "--epochs", 1, "--batch-size", 6, "--workers", 0, "--out", tmp_path / "run")
+    for split in ("train2017", "val2017"):
+        assert (f"_{split}.json: annotations by category: 25 of person\n{tmp_path}/annotations/"
+                f"person_keypoints_{split}.json: of 25 annotations left out: 1 marked as crowd, 6 "
+                f"without a labelled joint (of flag 1 or 2)\ncoco {split}: 18 persons in 6 pictures"
+                ) in text
+    row, = lapx.load_file(tmp_path / "run/last.pt")["history"]
+    assert row["loss"] > 0 and row["AP"] >= 0
+    text = run("evaluate.py", "--weights", tmp_path / "run/last.pt", "--data", tmp_path,
+               "--no-flip", "--out", tmp_path / "out")
+    assert "contradicts" not in text and "not found" not in text
+    truth = data.read_json(tmp_path / "annotations/person_keypoints_val2017.json")
+    people = data.read_coco(tmp_path, "val2017")
+    found = np.random.default_rng(0).normal(0, 3, (18, 17, 3)) + np.dstack(
+        [people.joints, np.ones((18, 17))])
+    perfect = evaluate.coco_results(found, people, network_of(None, (64, 64), "coco"))
+    for results in (data.read_json(tmp_path / "out/results.json"), perfect):
+        data.write_file(tmp_path / "results.json", results)
+        run("evaluate.py", "--results", tmp_path / "results.json", "--annotations",
+            people.truth.path, "--out", tmp_path)
+        metrics = data.read_json(tmp_path / "metrics.json")
+        assert np.allclose([*metrics.values()], pycocotools_ap(truth, results), atol=1e-9)
+    assert metrics["AP"] > 0.3
+    assert data.read_json(tmp_path / "out/metrics.json")["AP"] == row["AP"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), None, float("inf"), 1e300])
+def test_coordinates_of_joints_that_are_not_annotated_do_not_matter(value, coco, mpii, tmp_path):
+    def change(content):
+        for annotation in content["annotations"]:
+            for place in range(0, 51, 3):
+                if annotation["keypoints"][place + 2] == 0:
+                    annotation["keypoints"][place:place + 2] = [value, value]
+
+    root = with_changes(coco, tmp_path, change)
+    people = data.read_coco(root, "val2017")
+    expected = data.read_coco(coco, "val2017")
+    assert not people.visible.all() and np.array_equal(people.joints, expected.joints)
+    for name, column in expected.truth.persons.items():  # what AP compares with
+        assert np.array_equal(people.truth.persons[name], column)
+    entries = data.read_json(mpii / "annot/train.json")
+    for entry in entries:
+        entry["joints_vis"][3] = 0
+        entry["joints"][3] = [value, value]
+    data.write_file(tmp_path / "annot/train.json", entries)
+    people = data.read_mpii(tmp_path, "train")
+    assert (people.joints[:, 3] == -2).all() and not people.visible[:, 3].any()
+    entries[2]["joints_vis"][3] = 1
+    data.write_file(tmp_path / "annot/train.json", entries)
+    with pytest.raises(InputError, match="person 2, counted from 0.*: joints is"):
+        data.read_mpii(tmp_path, "train")
+
+    def spoil(content):
+        content["annotations"][1]["keypoints"][:3] = [value, 5, 2]
+
+    with_changes(coco, tmp_path / "b", spoil)
+    with pytest.raises(InputError, match="person 1, counted from 0.*: keypoints is"):
+        data.read_coco(tmp_path / "b", "val2017")
+
+
+@pytest.mark.parametrize("field, value, reason", [
+    ("keypoints", [], "without a labelled joint"), ("keypoints", None, "without a labelled joint"),
+    ("keypoints", ..., "without a labelled joint"), ("bbox", [], "without a box"),
+    ("bbox", None, "without a box"), ("bbox", ..., "without a box"),
+    ("bbox", [float("nan"), 5, 50, 50], "without a box"), ("bbox", [0, 0, 0, 0], "without a box"),
+    ("bbox", [900, 5, 50, 50], "without a box"), ("area", 0, "of area 0"), ("area", ..., ""),
+    ("area", None, ""), ("id", ..., ""), ("num_keypoints", None, ""), ("iscrowd", None, ""),
+    ("image_id", 4, "in pictures that are not listed")])
+def test_who_lacks_something_is_used_without_it_or_left_out_and_counted(
+        field, value, reason, coco, tmp_path, capsys):
+    def change(content):
+        annotation = content["annotations"][2]
+        annotation[field] = value
+        if value is ...:
+            del annotation[field]
+
+    people = data.read_coco(with_changes(coco, tmp_path, change), "val2017")
+    told = capsys.readouterr().out
+    assert len(people) == (5 if reason else 6) and len(people.truth.persons["id"]) == 7
+    assert not reason or f"1 {reason}" in told
+    expected = data.read_coco(coco, "val2017")
+    kept = np.arange(6) != 2 if reason else slice(None)
+    assert np.array_equal(people.joints, expected.joints[kept])
+
+
+def test_pictures_without_a_size_are_read_and_no_box_is_clipped(coco, tmp_path):
+    def change(content):
+        del content["images"][0]["width"]
+        content["images"][1].update(width=0, height=None)
+        content["annotations"][1]["bbox"][2] = 9999
+        content["images"] += content["images"][:1]  # one that is listed twice
+
+    people = data.read_coco(with_changes(coco, tmp_path, change), "val2017")
+    assert people.picture_size.tolist() == [[0, 330]] * 2 + [[0, 0]] * 2 + [[660, 330]] * 2
+    assert people.scale[1] == pytest.approx(1.25 * 9998 / 200)
+    assert people.picture(2).size == (660, 330) and len(people.truth.files) == 3
+
+
+def test_training_needs_no_area_and_no_score_is_made_up(coco, tmp_path):
+    def change(content):
+        for annotation in content["annotations"]:
+            del annotation["area"]
+
+    root = with_changes(coco, tmp_path, change)
+    text = run("train.py", "--dataset", "coco", "--data", root, "--variant", "tiny", "--input",
+               "64x64", "--epochs", 2, "--batch-size", 6, "--workers", 0, "--out", tmp_path / "run")
+    assert "epochs are not scored: 7 annotations have no area, which OKS needs" in text
+    lines = [line.split() for line in text.splitlines() if re.match(r" +\d/2 ", line)]
+    assert [words[4] for words in lines] == ["-", "-"]
+    assert "AP50" not in text and (tmp_path / "run/predictions.png").exists()
+    assert not (tmp_path / "run/best.pt").exists()
+    text = run("evaluate.py", "--weights", tmp_path / "run/last.pt", "--data", root, "--out",
+               tmp_path / "out")
+    assert "there is no score, as 7 annotations have no area" in text
+    assert not (tmp_path / "out/metrics.json").exists()
+    status, text = run("evaluate.py", "--results", tmp_path / "out/results.json", "--annotations",
+                       root / "annotations/person_keypoints_val2017.json", check=False)
+    assert status == 1 and "can't be scored: 7 annotations have no area" in text
+
+
+def test_flags_say_whether_a_joint_is_labelled(coco, tmp_path):
+    def unlabelled(content):  # although there are coordinates and num_keypoints
+        for annotation in content["annotations"]:
+            annotation["keypoints"][2::3] = [0] * 17
+
+    root = with_changes(coco, tmp_path / "a", unlabelled)
+    with pytest.raises(InputError, match="out: 1 marked as crowd, 6 without a labelled joint"):
+        data.read_coco(root, "val2017")
+    results = [{"image_id": 7, "category_id": 1, "keypoints": [0] * 51, "score": 1}]
+    data.write_file(tmp_path / "results.json", results)
+    status, text = run("evaluate.py", "--results", tmp_path / "results.json", "--annotations",
+                       root / "annotations/person_keypoints_val2017.json", check=False)
+    assert status == 1 and "can't be scored: nobody has a labelled joint" in text
+    root = with_changes(coco, tmp_path / "b", lambda content: [
+        annotation.update(num_keypoints=0) for annotation in content["annotations"][:2]])
+    assert len(data.read_coco(root, "val2017")) == 6
+    text = run("evaluate.py", "--results", tmp_path / "results.json", "--annotations",
+               root / "annotations/person_keypoints_val2017.json", "--out", tmp_path)
+    assert "2 annotations have a num_keypoints that contradicts their joints' flags" in text
+
+
+def test_nobody_to_find_is_no_score_of_minus_one_hundred(coco, tmp_path):
+    root = with_changes(coco, tmp_path, lambda content: [
+        annotation.update(num_keypoints=0) for annotation in content["annotations"]])
+    text = run("train.py", "--dataset", "coco", "--data", root, "--variant", "tiny", "--input",
+               "64x64", "--epochs", 1, "--batch-size", 6, "--workers", 0, "--out", tmp_path / "run")
+    line = next(line for line in text.splitlines() if line.startswith("   1/1"))
+    assert line.split()[4] == "-" and "7 annotations have a num_keypoints that contradicts" in text
+
+
+NAMES = [name.replace(" ", "_") for name in COCO.joints]
+AP10K = ("left_eye right_eye nose neck root_of_tail left_shoulder left_elbow left_front_paw "
+         "right_shoulder right_elbow right_front_paw left_hip left_knee left_back_paw right_hip "
+         "right_knee right_back_paw").split()
+
+
+@pytest.mark.parametrize("categories, ids, read, told", [
+    ([(1, "person", NAMES)], [1] * 7, 6, "by category: 7 of person\n"),
+    ([(1, "person", [name.upper() for name in COCO.joints])], [1] * 7, 6, "7 of person\n"),
+    ([(1, "person", [f"kp{place}" for place in range(17)])], [1] * 7, 6, "7 of person\n"),
+    ([(1, "person", list(range(1, 18)))], [1] * 7, 6, "7 of person\n"),
+    ([], [0] * 7, 6, "7 of 0\n"),
+    ([(0, "person", None)], [0] * 7, 6, "7 of person\n"),
+    ([(1, "dog", []), (2, "person", NAMES)], [1, 2, 2, 2, 2, 2, 2], 5,
+     "1 of dog, left out; 6 of person\n"),
+    ([(1, "dog", None), (2, "cat", None)], [1, 2, 2, 2, 2, 2, 2], 6, "1 of dog; 6 of cat\n"),
+    ([(1, "lion", NAMES), (7, "cat", NAMES), (9, "goat", AP10K)], [7, 7, 1, 9, 1, 1, 7], 5,
+     "3 of cat; 3 of lion; 1 of goat, left out\n"),
+    ([("1", "person", NAMES)], [1] * 7, 6, "7 of person\n"),
+    ([(1, "person", NAMES)], ["1", 1, 1.0, "1", 1, 1, 1], 6, "7 of person\n"),
+    ([(1, "person", NAMES), (2, "dog", None)], [2] * 7, 0, "7 of dog, left out\n")])
+def test_categories_with_the_skeletons_joints_are_read_and_all_are_counted(
+        categories, ids, read, told, coco, tmp_path, capsys):
+    def change(content):
+        content["categories"] = [{"id": id, "name": name} | ({} if joints is None else {
+            "keypoints": joints}) for id, name, joints in categories]
+        for annotation, id in zip(content["annotations"], ids):
+            annotation["category_id"] = id
+
+    root = with_changes(coco, tmp_path, change)
+    if not read:
+        with pytest.raises(InputError, match="of 0 annotations left out: none; there is nobody"):
+            data.read_coco(root, "val2017")
+    else:
+        people = data.read_coco(root, "val2017")
+        assert len(people) == read
+        read_ids = {int(id) for id in map(float, ids)} & {*people.truth.categories}
+        assert {*people.category_id.tolist()} == read_ids
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("joints, theirs, ours", [
+    (AP10K, "left eye", "nose"), ([*NAMES[:15], NAMES[16], NAMES[15]], "right ankle", "left ankle"),
+    ([*NAMES, "neck"], "neck", "no joint"), (NAMES[:16], "no joint", "right ankle")])
+def test_joints_of_other_names_or_in_another_order_are_refused(
+        joints, theirs, ours, coco, tmp_path):
+    root = with_changes(coco, tmp_path, lambda content: content["categories"][0].update(
+        keypoints=joints))
+    with pytest.raises(InputError, match=f"first '{theirs}' in place of '{ours}'.* SKELETONS"):
+        data.read_coco(root, "val2017")
+    own = lapx.Skeleton(tuple(joints), (), (), (0.1,) * len(joints))
+    if len(joints) == 17:
+        assert len(data.read_coco(root, "val2017", skeleton=own)) == 6
+
+
+def test_results_of_several_categories_are_written_with_theirs(coco, weights, tmp_path):
+    def change(content):
+        content["categories"] = [{"id": id, "name": str(id), "keypoints": NAMES} for id in (3, 8)]
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["category_id"] = (3, 8)[number % 2]
+
+    root = with_changes(coco, tmp_path, change)
+    detections = data.read_json(coco / "detections.json")
+    for detection, category in zip(detections, (3, 8, 8, 8, 5)):
+        detection["category_id"] = category
+    data.write_file(tmp_path / "boxes.json", detections)
+    for boxes, expected in (("gt", [3, 3, 3, 8, 8, 8]), (tmp_path / "boxes.json", [3, 8, 8, 8])):
+        run("evaluate.py", "--weights", weights[1], "--data", root, "--boxes", boxes, "--out",
+            tmp_path)
+        results = data.read_json(tmp_path / "results.json")
+        assert sorted(result["category_id"] for result in results) == expected
+        truth = data.read_json(root / "annotations/person_keypoints_val2017.json")
+        metrics = data.read_json(tmp_path / "metrics.json")
+        assert np.allclose([*metrics.values()], pycocotools_ap(truth, results), atol=1e-9)
+    data.write_file(tmp_path / "results.json", [{**results[0], "category_id": 1}])
+    status, text = run("evaluate.py", "--results", tmp_path / "results.json", "--annotations",
+                       root / "annotations/person_keypoints_val2017.json", check=False)
+    assert status == 1 and "some with the category_id [3, 8]" in text and "empty list" in text
+
+
+def test_two_pictures_of_one_id_are_refused(coco, tmp_path):
+    root = with_changes(coco, tmp_path, lambda content: content["images"][2].update(id=7))
+    with pytest.raises(InputError, match="gives two pictures the id 7: 0.jpg and 2.jpg"):
+        data.read_coco(root, "val2017")
+
+
+@pytest.mark.parametrize("ids, lost", [([1, 2, 1, 2, 1, 2, 1], 5), ([0, 1, 2, 3, 4, 5, 6], 1),
+                                       ([11, 12, 13, 14, 15, 16, 17], 0)])
+def test_annotation_ids_that_cost_precision_are_told(ids, lost, coco, tmp_path, capsys):
+    def change(content):
+        for annotation, id in zip(content["annotations"], ids):
+            annotation["id"] = id
+
+    root = with_changes(coco, tmp_path, change)
+    people = data.read_coco(root, "val2017")
+    capsys.readouterr()
+    assert evaluate.unscored(people.truth) == ""
+    told = capsys.readouterr().out
+    assert (f"{lost} annotations have an id that is 0 or another's" in told) == (lost > 0)
+    perfect = np.dstack([people.joints, np.ones((6, 17))])
+    network = network_of(None, (64, 64), "coco")
+    results = evaluate.coco_results(perfect, people, network)
+    ours = [*evaluate.score(perfect, people, network, results).values()]
+    truth = data.read_json(root / "annotations/person_keypoints_val2017.json")
+    assert np.allclose(ours, pycocotools_ap(truth, results), atol=1e-9)
+    assert ours[0] == pytest.approx(1) if not lost else ours[0] < 0.99
+
+
+def test_the_picture_that_was_annotated_is_the_one_that_is_cropped(coco, tmp_path):
+    upright = Image.open(coco / "images/val2017/1.jpg").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    folder = tmp_path / "images/val2017"
+    shutil.copytree(coco / "images/val2017", folder)
+    shutil.copytree(coco / "annotations", tmp_path / "annotations")
+    path = folder / "1.jpg"
+    # as a phone stores it; annotated upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, "PNG", exif=exif)
+    people = data.load_people("coco", tmp_path, "val2017", (64, 64), COCO)
+    assert people.picture(2).tobytes() == upright.tobytes()
+    upright.save(path, "PNG", exif=exif)  # annotated as it is stored, which is COCO's way
+    assert people.picture(2).tobytes() == upright.tobytes()
+    for other in (upright.reduce(2), upright.transpose(Image.Transpose.ROTATE_90)):
+        other.save(path, "PNG")
+        message = f"1.jpg is {other.width}x{other.height}, in the annotations 660x330"
+        with pytest.raises(InputError, match=message):  # when it is cropped
+            PoseDataset(people, (64, 64), COCO)[3]
+        with pytest.raises(InputError, match=message):  # before anything starts
+            data.load_people("coco", tmp_path, "val2017", (64, 64), COCO)
+
+
+@pytest.mark.parametrize("levels, mode", [
+    (np.linspace(0, 65535, 200), np.uint16), (np.linspace(7000, 9000, 200), np.uint16),
+    (np.linspace(7000, 9000, 200), ">u2"), (np.linspace(0, 1, 200), np.float32),
+    (np.linspace(-40, 120, 200), np.float32), (np.linspace(0, 99999, 200), np.int32)])
+def test_grey_levels_beyond_8_bits_are_scaled_from_the_darkest_to_the_brightest(
+        levels, mode, tmp_path):
+    picture = Image.fromarray(np.tile(levels.astype(mode), (20, 1)))
+    picture.save(tmp_path / "a.tif")
+    found = np.asarray(data.open_picture(tmp_path / "a.tif"))
+    assert found.shape == (20, 200, 3) and found[0, 0, 0] == 0 and found[0, -1, 2] == 255
+    assert np.abs(found[..., 1] - np.linspace(0, 255, 200)).max() < 2
+
+
+def test_grey_levels_that_are_unknown_or_all_the_same_are_black(tmp_path):
+    levels = np.array([[np.nan, 0, 100, np.inf, -np.inf]], np.float32)
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    found = np.asarray(data.open_picture(tmp_path / "a.tif"))
+    assert found[0, :, 0].tolist() == [0, 0, 255, 255, 0]
+    Image.fromarray(np.full((2, 2), 5, np.uint16)).save(tmp_path / "b.png")
+    assert not np.asarray(data.open_picture(tmp_path / "b.png")).any()
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_a_large_picture_is_opened_and_one_that_memory_does_not_hold_is_not(tmp_path):
+    Image.new("1", (14000, 13000)).save(tmp_path / "a.png")  # Pillow's own limit is 179 million
+    assert data.open_picture(tmp_path / "a.png").size == (14000, 13000)
+    Image.new("1", (17000, 16000)).save(tmp_path / "b.png")
+    with pytest.raises(InputError, match="at most 268 million pixels.*272000000 pixels"):
+        data.open_picture(tmp_path / "b.png")
+
+
+def test_what_a_folder_has_besides_pictures_is_counted(weights, tmp_path):
+    for name in ("a.png", "b.JPG"):
+        figure(9, 0)[1].save(tmp_path / name)
+    for name in ("._a.png", "c.heic", "d.HEIC", "e.jfif", "f.txt", "sub/g.png", ".DS_Store", "h"):
+        data.write_file(tmp_path / name, b"no picture")
+    text = run("evaluate.py", "--weights", weights[0], "--image", tmp_path, "--out",
+               tmp_path / "sub/out")
+    assert (f"{tmp_path}: not taken for pictures: 1 , 1 .HEIC, 1 .heic, 1 .jfif, 1 .txt, 1 folder, "
+            "2 hidden\n") in text
+    assert {path.name for path in (tmp_path / "sub/out").glob("*.png")} == {
+        "a_pose.png", "b_pose.png"}
+    status, text = run("evaluate.py", "--weights", weights[0], "--image", tmp_path / "c.heic",
+                       "--out", tmp_path / "out", check=False)
+    assert status == 1 and "in a format that Pillow knows, unlike HEIC (convert it" in text
+
+
+@pytest.mark.parametrize("entry, expected", [
+    ({"file_name": "cam1/0001.jpg"}, 0), ({"file_name": "cam2/0001.jpg"}, 1),
+    ({"file_name": "cam2\\0001.jpg"}, 1), ({"file_name": "./cam2/0001.jpg"}, 1),
+    ({"file_name": "set/cam2/0001.jpg"}, 1), ({"file_name": "/data/set/cam2/0001.jpg"}, 1),
+    ({"file_name": "other/cam2/0001.jpg"}, -1), ({"file_name": "cam3/0001.jpg"}, -1),
+    ({"file_name": "0001.jpg"}, -1), ({"file_name": "7.jpg"}, 2), ({"file_name": "cam2/7.jpg"}, -1),
+    ({"file_name": "1.jpg"}, -1), ({"file_name": ""}, -1),
+    ({"file_name": unicodedata.normalize("NFC", "é.jpg")}, 3),
+    ({"file_name": unicodedata.normalize("NFD", "é.jpg")}, 3),
+    ({"image_id": "7"}, 2), ({"image_id": 7}, 2), ({"image_id": 7.0}, 2),
+    ({"image_id": "7.jpg"}, 2), ({"image_id": "007"}, 2), ({"image_id": "cam2/0001"}, 1),
+    ({"image_id": "0001"}, -1),
+    ({"image_id": 1}, -1), ({"image_id": "²³"}, 4), ({"image_id": 23}, -1),
+    ({"image_id": None}, -1), ({"file_name": "top.jpg"}, 5), ({"file_name": "cam1/top.jpg"}, 6)])
+def test_a_box_belongs_to_the_picture_that_its_name_or_number_says(entry, expected):
+    names = ["cam1/0001.jpg", "cam2/0001.jpg", "cam1/7.jpg", unicodedata.normalize("NFD", "é.jpg"),
+             "cam1/²³.jpg", "top.jpg", "cam1/top.jpg"]
+    numbers = [1, 1, 7, None, None, None, None]
+    assert data.picture_finder(numbers, "/data/set", names)(entry) == expected
+
+
+def test_boxes_of_another_camera_do_not_land_in_this_ones_picture(weights, tmp_path, monkeypatch):
+    for name in ("cam1/0001.png", "cam2/0001.png", "cam1/²³.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        figure(9, 0)[1].save(tmp_path / name)
+    data.write_file(tmp_path / "boxes.json", [
+        {"file_name": f"cam{number}/0001.png", "bbox": [10 * number, 10, 50, 80], "score": 0.9}
+        for number in (1, 2)])
+    monkeypatch.chdir(tmp_path / "cam2")
+    for picture, left in (("../cam1", 10), ("0001.png", 20), (tmp_path / "cam2/0001.png", 20)):
+        text = run("evaluate.py", "--weights", weights[0], "--image", picture, "--boxes",
+                   tmp_path / "boxes.json", "--out", tmp_path / "out")
+        person, = data.read_json(tmp_path / "out/0001_pose.json")["persons"]
+        assert person["box"][0] == left and "1 of no picture here" in text
+    assert data.read_json(tmp_path / "out/²³_pose.json")["persons"] == []
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"joints": ("a", "b", "a")}, "different names"), ({"joints": "abc"}, "different names"),
+    ({"joints": ("a", 2, "c")}, "different names"),
+    ({"limbs": ((1, 2), (2, 3))}, "count limbs from 1"),
+    ({"limbs": ((-1, 0),)}, "indices from 0 to 2"), ({"flip_pairs": ((0, 3),)}, "indices from 0"),
+    ({"flip_pairs": ((0, 1), (1, 2))}, "two flip_pairs"), ({"flip_pairs": ((1, 1),)}, "two flip_p"),
+    ({"sigmas": (0.1, 0.1)}, "3 numbers, or none")])
+def test_a_skeleton_is_checked_when_it_is_made(change, complaint):
+    good = {"joints": ("a", "b", "c"), "flip_pairs": ((0, 1),), "limbs": ((0, 2),)}
+    assert lapx.Skeleton(**good, sigmas=(0.1,) * 3).sigmas and not lapx.Skeleton(**good).sigmas
+    with pytest.raises(ValueError, match=complaint):
+        lapx.Skeleton(**good | change)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_is_read_in_all_forms_of_unicode(encoding, tmp_path):
+    (tmp_path / "a.json").write_text('{"name": "é"}', encoding=encoding)
+    assert data.read_json(tmp_path / "a.json") == {"name": "é"}
+
+
+@pytest.mark.parametrize("content, found", [
+    ([], "an empty list, not a list with entries"), ({}, "an empty dictionary, not a list"),
+    ({"images": []}, "a dictionary, not a list"), (5, "a 5, not a list")])
+def test_json_that_is_something_else_is_told_as_what_it_is(content, found, coco, mpii, tmp_path):
+    data.write_file(tmp_path / "a.json", content)
+    truth = coco / "annotations/person_keypoints_val2017.json"
+    status, text = run("evaluate.py", "--results", tmp_path / "a.json", "--annotations", truth,
+                       check=False)
+    assert status == 1 and f"a.json must be a list of results" in text and found in text
+    with pytest.raises(InputError, match=f"a list of boxes.*{found}"):
+        data.read_coco(coco, "val2017", boxes=tmp_path / "a.json")
+    data.write_file(tmp_path / "annot/train.json", content)
+    with pytest.raises(InputError, match=f"a list of persons.*{found}"):
+        data.read_mpii(tmp_path, "train")
+    data.write_file(tmp_path / "annotations/person_keypoints_val2017.json", content or [1])
+    with pytest.raises(InputError, match="not a dictionary|'images' is missing|a list with entr"):
+        data.read_coco(tmp_path, "val2017")
+
+
+def test_own_splits_stay_with_the_network(mpii, tmp_path, monkeypatch):
+    (tmp_path / "annot").mkdir()
+    for split, name in (("default", "train"), ("test", "valid")):
+        shutil.copy(mpii / f"annot/{name}.json", tmp_path / f"annot/{split}.json")
+    (tmp_path / "images").symlink_to(mpii / "images")
+    run("train.py", *arguments(tmp_path, tmp_path / "run", "--splits", "default", "test",
+                               "--epochs", 1))
+    network = evaluate.open_network(tmp_path / "run/last.pt")
+    assert network.splits == ["default", "test"]
+    images = export.calibration_images(network, argparse.Namespace(data=tmp_path, image=None))
+    assert len(images) == 6
+    text = run("evaluate.py", "--weights", tmp_path / "run/last.pt", "--data", tmp_path, "--out",
+               tmp_path / "out")
+    assert "mpii test, 4 persons" in text
+
+
+def test_without_flip_pairs_nothing_is_mirrored(mpii, tmp_path, monkeypatch):
+    one_sided = replace(MPII, flip_pairs=())
+    people = dotted_people(skeleton=one_sided)
+    for skeleton, sorts in ((one_sided, 1), (MPII, 2)):
+        samples = PoseDataset(people, (64, 64), skeleton, (0, 0))
+        assert len({samples[epoch, 0][1].numpy().tobytes() for epoch in range(20)}) == sorts
+    monkeypatch.setitem(SKELETONS, "one-sided", one_sided)
+    text = run("train.py", *arguments(mpii, tmp_path / "run", "--skeleton", "one-sided", "--epochs",
+                                      1))
+    assert "no flip pairs: nothing is mirrored, and there is no flip test" in text
+    assert "last epoch, no flip test" in text and "flip test with shift" not in text
+    for flags in ([], ["--both"], ["--no-flip"]):
+        text = run("evaluate.py", "--weights", tmp_path / "run/last.pt", "--data", mpii, "--out",
+                   tmp_path, *flags)
+        assert ", no flip test" in text and "with shift" not in text
+    network = evaluate.open_network(tmp_path / "run/last.pt")
+    people = data.read_mpii(mpii, "valid")
+    assert np.array_equal(predicted(network, people, True), predicted(network, people, False))
+
+
+def test_several_processes_need_a_launcher(mpii, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, text = run("train.py", *arguments(mpii, tmp_path / "run"), check=False)
+    assert status == 1 and "torchrun --nproc_per_node" in text and not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------- train.py
