@@ -177,8 +177,8 @@ def results_columns(entries, path, num_joints, categories):
     pycocotools. InputError, naming path, if it is not a list of such results."""
     with reading(path, f"a list of results, some with the category_id {categories}"):
         boxed = bool(expect(entries, list)[0].get("bbox"))
-        known = [entry for entry in entries if float(entry["category_id"]) in categories]
-        expect(known, list)
+        known = expect([entry for entry in entries if float(entry["category_id"]) in categories],
+                       list)
     shapes = {"image_id": (), "category_id": (), "score": (), "keypoints": (3 * num_joints,)}
     columns = read_columns(path, "result", known, shapes | ({"bbox": (4,)} if boxed else {}))
     columns["keypoints"] = columns["keypoints"].reshape(-1, num_joints, 3)
@@ -223,7 +223,8 @@ def coco_ap(file, entries, path, sigmas):
         people = people_in.get(image, [])  # (G,)
         similarity = [object_keypoint_similarity(
             results["keypoints"][detections, :, :2], persons["keypoints"][row],
-            persons["area"][row], persons["bbox"][row], np.asarray(sigmas)) for row in people]
+            max(persons["area"][row], 0), persons["bbox"][row], np.asarray(sigmas))
+            for row in people]
         if np.max(similarity, initial=0) >= THRESHOLDS[0]:
             pictures.append((detections, people, np.transpose(similarity).tolist()))  # (D,G)
 
@@ -485,7 +486,7 @@ def evaluate_dataset(args, network):
     boxes = "annotated (gt)" if args.boxes == "gt" else f"of {args.boxes}"
     loader = crop_loader(network, people, args.batch_size, args.workers)
     mirrored = len(network.skeleton.flip_pairs) > 0
-    for flip in [False, mirrored] if args.both else [mirrored and not args.no_flip]:
+    for flip in {False, mirrored} if args.both else {mirrored and not args.no_flip}:
         keypoints = predict(network, loader, flip, not args.no_shift, not args.no_offset)
         results = None
         if people.truth:
