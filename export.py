@@ -13,7 +13,6 @@ the file, as JSON under the key "lapx" of its metadata, for evaluate.py, too."""
 
 import argparse
 import copy
-import itertools
 import json
 import logging
 import math
@@ -27,6 +26,7 @@ import warnings
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import data  # before torch: data.py sets OMP_WAIT_POLICY, which torch reads
 
@@ -35,6 +35,7 @@ import onnx
 import onnxruntime
 import torch
 import torch.nn.functional as F
+from onnxruntime.quantization import QuantType, quantize_static
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -225,7 +226,7 @@ def export(args):
         names = [f"heatmaps{number}" for number in range(1, model.config.stages)] + names
     proto = to_onnx(Outputs(form, args.all_stages, args.keypoints), network.size, names, args.batch)
     if args.int8:
-        ByteGraph(proto.graph, value_ranges(proto, images, args.batch or 1)).rewrite()
+        proto = quantised(proto, images, args.batch or 1)
     info = network.info | {"variant": variant_name(model.config), "bits": 8 if args.int8 else 32}
     onnx.helper.set_model_props(proto, {"lapx": json.dumps(info)})
     onnx.checker.check_model(proto, full_check=True)
@@ -451,15 +452,13 @@ def profile(args, threads):
 
 # ---------------------------------------------------------------------------- 8 bits (optional)
 
-# Float32 files need nothing of what follows. ONNX Runtime has a quantiser of its own,
-# quantize_static, but its file was 1.5 times as fast as --plain where ours was 2.9 times, in one
-# run on an AMD EPYC Zen 5. Here nearly all values between convolutions are bytes, behind ELUs, too:
-# each is round(value / scale) + zero, within 0..255, with a scale and a zero for each value of the
-# graph, from the range seen there. Gates, Non-Local modules and heads compute in float32.
+# Float32 files need nothing of what follows. ONNX Runtime's quantiser computes with bytes: each is
+# round(value / scale) + zero, within 0..255, with a scale and a zero for each value of the graph,
+# from the range seen there. Heads and Non-Local modules compute in float32.
 #
 # Weights take 7 bits, from -64 to 64: x86 CPUs without VNNI add two products in 16 bits, where
 # 2 * 255 * 64 just fits. With 8 bits the sums saturated: on an AMD EPYC Zen 3 the error of LAPX's
-# heatmaps was 5.3 % (root mean square) then, and is 3.9 %.
+# heatmaps was 5.3 % (root mean square) then, and is XXX %.
 
 def pooled_eca(module, x):
     """ECA, (B,C,h,w) -> same, whose average and maximum come from poolings, which ONNX Runtime
@@ -510,142 +509,73 @@ def calibration_images(network, args, count=64):
     return normalise(torch.stack(crops), *network.normalisation).contiguous()
 
 
-def value_ranges(proto, images, batch):
-    """The range of every float value in an ONNX model over images (N,3,H,W), which it takes in
-    batches: {name: (low, high)}."""
-    probe = onnx.shape_inference.infer_shapes(proto)
-    names = [value.name for value in [*probe.graph.input, *probe.graph.value_info]
-             if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
-    del probe.graph.output[:]
-    for name, kind in itertools.product(names, ("ReduceMin", "ReduceMax")):
-        output = f"{kind} of {name}"
-        probe.graph.node.append(onnx.helper.make_node(kind, [name], [output], keepdims=0))
-        probe.graph.output.append(onnx.helper.make_tensor_value_info(
-            output, onnx.TensorProto.FLOAT, []))
-    session = onnxruntime.InferenceSession(probe.SerializeToString(),
-                                           providers=["CPUExecutionProvider"])
-    found = []
-    for start in data.progress(range(0, len(images), batch), "batches looked at for the ranges"):
-        rows = torch.arange(start, start + batch) % len(images)
-        found.append(session.run(None, {"images": images[rows].numpy()}))
-    found = np.reshape(found, (-1, len(names), 2))
-    return dict(zip(names, zip(found[..., 0].min(0).tolist(), found[..., 1].max(0).tolist())))
+def quantised(proto, images, batch):
+    """byte_form's graph, an ONNX model -> the same in 8 bits. images (N,3,H,W), which it takes in
+    batches: those on which the ranges of its values are seen."""
+    feeds = iter([{"images": images[torch.arange(start, start + batch) % len(images)].numpy()}
+                  for start in range(0, len(images), batch)])
+    in_float = [node.name for node in proto.graph.node
+                if re.search("non_local|head", " ".join(node.input))]  # in a weight's name
+    logging.disable(logging.WARNING)  # the advice to prepare the graph, which is prepared
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "bytes.onnx"
+        quantize_static(
+            proto, path, SimpleNamespace(get_next=lambda: next(feeds, None)), per_channel=True,
+            reduce_range=True, activation_type=QuantType.QUInt8, nodes_to_exclude=in_float,
+            op_types_to_quantize=["Conv", "Add", "Mul", "MaxPool", "AveragePool", "Resize", "Elu"])
+        proto = onnx.load(path)
+    logging.disable(logging.NOTSET)
+    elus_of_bytes(proto.graph)
+    return proto
 
 
-class ByteGraph:
-    """Rewrites the graph of a float32 ONNX model (byte_form's) in place: rewrite().
+REACH = 4.5  # how far above 0 the range of an ELU's input goes at least
 
-    ONNX has a value in bytes when a DequantizeLinear follows a QuantizeLinear; ONNX Runtime then
-    computes the operators between such pairs in 8 bits. ranges: value_ranges'."""
 
-    REACH = 4.5  # an ELU's input reaches so far above 0: e^-4.5 / 4, its error, is below 1 / 255
+def elus_of_bytes(graph):
+    """Rewrites the ELUs in an ONNX graph of bytes, which ONNX Runtime would compute in float32.
 
-    def __init__(self, graph, ranges):
-        self.graph = graph
-        self.ranges = ranges
-        self.weights = {tensor.name: onnx.numpy_helper.to_array(tensor)
-                        for tensor in graph.initializer}
-        self.places = {}  # a value in bytes -> its scale and zero
-        self.readings = {}  # a value in bytes -> what later nodes read instead of it
+    ELU(z) = max(z, 0) + (e^min(z,0) - 1). The maximum is one of bytes. For the other term,
+    sigmoid(z - b) / sigmoid(-b) is e^z to within e^-b / 4 where z < 0, which is below 1 / 255 for
+    b = REACH; where z > 0 it saturates, as 255 stands for 1. So one sigmoid, which is a table of
+    256 bytes, gives it whole. Its input is z with another zero."""
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    elus = {node.input[0]: node.output[0] for node in graph.node if node.op_type == "Elu"}
+    nodes = list(graph.node)
+    del graph.node[:]
 
-    def emit(self, kind, *inputs, **attributes):
+    def emit(kind, *inputs, output=None):
         """A new node -> its output's name. inputs: names, or numbers, which become constants."""
         names = list(inputs)
         for number, value in enumerate(inputs):
             if not isinstance(value, str):
-                names[number] = f"constant_{len(self.graph.initializer)}"
+                names[number] = f"constant_{len(graph.initializer)}"
                 tensor = onnx.numpy_helper.from_array(np.asarray(value), names[number])
-                self.graph.initializer.append(tensor)
-        output = f"{kind}_{len(self.graph.node)}"
-        self.graph.node.append(onnx.helper.make_node(kind, names, [output], **attributes))
+                graph.initializer.append(tensor)
+        output = output or f"{kind}_{len(graph.node)}"
+        graph.node.append(onnx.helper.make_node(kind, names, [output]))
         return output
 
-    def to_bytes(self, value, scale, zero):
-        return self.emit("QuantizeLinear", value, np.float32(scale), np.uint8(zero))
-
-    def from_bytes(self, value, scale, zero):
-        return self.emit("DequantizeLinear", value, np.float32(scale), np.uint8(zero))
-
-    def place(self, value, reach=0.0):
-        """The scale and the zero that hold a value's range, 0 and reach included."""
-        low = min(self.ranges[value][0], 0)
-        high = max(self.ranges[value][1], reach)
-        scale = max(high - low, 1e-6) / 255
-        return scale, round(-low / scale)
-
-    def store(self, value, place):
-        """Puts a value into bytes."""
-        self.places[value] = place
-        source = self.readings.get(value, value)
-        self.readings[value] = self.from_bytes(self.to_bytes(source, *place), *place)
-
-    def elu(self, node):
-        """ELU(z) = max(z, 0) + (e^min(z,0) - 1), of bytes.
-
-        The maximum is one of bytes. For the other term, sigmoid(z - b) / sigmoid(-b) is e^z to
-        within e^-b / 4 where z < 0; where z > 0 it saturates, as 255 stands for 1. So one sigmoid,
-        which is a table of 256 bytes, gives it whole. Its input is z with another zero."""
-        value = node.input[0]
-        scale, zero = self.place(value, self.REACH)
-        steps = min(round(self.REACH / scale), 255 - zero)  # b is so many steps of z
+    for node in nodes:
+        if node.op_type == "Elu" and node.input[0] not in elus:
+            continue
+        if node.op_type != "DequantizeLinear" or node.output[0] not in elus:
+            graph.node.append(node)
+            continue
+        z, *place = node.input
+        scale, zero = [onnx.numpy_helper.to_array(constants[name]).item() for name in place]
+        low = -zero * scale
+        scale = max(scale, (REACH - low) / 255)
+        zero = round(-low / scale)
+        for name, value in zip(place, (np.float32(scale), np.uint8(zero))):
+            constants[name].CopyFrom(onnx.numpy_helper.from_array(np.asarray(value), name))
+        steps = min(round(REACH / scale), 255 - zero)  # b is so many steps of z
         top = 1 / (1 + math.exp(steps * scale))  # sigmoid(-b)
-        z = self.to_bytes(self.readings.get(value, value), scale, zero)
-        positive = self.emit("Max", z, np.uint8(zero))
-        power = self.emit("Sigmoid", self.from_bytes(z, scale, zero + steps))
-        power = self.to_bytes(power, top / 255, 0)
-        self.readings[node.output[0]] = self.emit("Add", self.from_bytes(positive, scale, zero),
-                                                  self.from_bytes(power, 1 / 255, 255))
-        self.store(node.output[0], self.place(node.output[0]))
-
-    def quantise_weights(self, node):
-        """A convolution's weights in 7 bits, its bias in 32, with a scale for each channel (C,)."""
-        before, _ = self.places[node.input[0]]
-        weight = self.weights[node.input[1]]
-        bias = self.weights[node.input[2]] if len(node.input) > 2 else np.zeros(len(weight))
-        scale = np.abs(weight.reshape(len(weight), -1)).max(1) / 64
-        scale = np.maximum(scale, np.abs(bias) / before / 2**30).clip(1e-12)  # the bias fits, too
-        weight = (weight / scale.reshape(-1, 1, 1, 1)).round().astype(np.int8)
-        bias = (bias / scale / before).round().astype(np.int32)
-        del node.input[1:]
-        for values, step in ((weight, scale), (bias, scale * before)):
-            node.input.append(self.emit("DequantizeLinear", values, np.float32(step), axis=0))
-
-    def rewrite(self):
-        """Node by node: an Elu goes through a table, convolutions get weights in bytes, and what
-        comes of values in bytes is stored in bytes."""
-        nodes = list(self.graph.node)
-        del self.graph.node[:]
-        readers = defaultdict(set)  # value -> the operators that read it
-        for node in nodes:
-            for value in node.input:
-                readers[value].add(node.op_type)
-        self.store("images", self.place("images"))
-        for node in nodes:
-            kind = node.op_type
-            if kind == "Elu":
-                self.elu(node)
-                continue
-            first = node.input[0] if node.input else ""
-            output = node.output[0]
-            stays_float = re.search("non_local|head", " ".join(node.input))  # in a weight's name
-            of_bytes = first in self.places and not stays_float
-            partly = any(value in self.places for value in node.input)
-            if kind == "Conv" and of_bytes:
-                self.quantise_weights(node)
-            if kind == "Mul" and of_bytes:  # features times a gate
-                self.store(node.input[1], self.place(node.input[1]))
-            for number, value in enumerate(node.input):
-                node.input[number] = self.readings.get(value, value)
-            self.graph.node.append(node)
-            if kind in ("MaxPool", "AveragePool", "Resize") and of_bytes:
-                self.store(output, self.places[first])  # they stay in the range of their input
-            elif (kind == "Conv" and of_bytes and readers[output] != {"Elu"}  # see elu
-                  or kind == "Mul" and of_bytes or kind == "Add" and partly):
-                self.store(output, self.place(output))
-        used = {value for node in self.graph.node for value in node.input}
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
+        positive = emit("DequantizeLinear", emit("Max", z, place[1]), *place)
+        power = emit("Sigmoid", emit("DequantizeLinear", z, place[0], np.uint8(zero + steps)))
+        power = emit("QuantizeLinear", power, np.float32(top / 255), np.uint8(0))
+        power = emit("DequantizeLinear", power, np.float32(1 / 255), np.uint8(255))
+        emit("Add", positive, power, output=elus.pop(node.output[0]))
 
 
 # ---------------------------------------------------------------------------- flags
