@@ -375,7 +375,7 @@ class CocoFile:
     """COCO's annotation file: I pictures and the M persons in them."""
 
     path: Path
-    categories: np.ndarray  # (C,) the ids of those that are read
+    categories: list  # the ids of those that are read
     files: np.ndarray  # (I,) text
     images: dict  # of arrays (I,): id, width, height; 0 where a size is not known
     persons: dict  # of arrays (M,...): id, image_id, category_id, bbox, area (-1 where it is
@@ -386,8 +386,7 @@ def read_coco_file(path, skeleton):
     """COCO's annotation file -> CocoFile; prints what is read. A test split's has pictures only."""
     K = len(skeleton.joints)
     if not skeleton.sigmas:
-        raise InputError("OKS, the metric of COCO's layout, needs a sigma for each joint; the "
-                         "skeleton has none in SKELETONS")
+        raise InputError("OKS, COCO's metric, needs a sigma for each joint of the skeleton")
 
     def without_outline(item):  # the outlines take most of the memory
         item.pop("segmentation", None)
@@ -397,10 +396,12 @@ def read_coco_file(path, skeleton):
     with reading(path, "a COCO annotation file with images and annotations"):
         content = {"annotations": [], "categories": []} | expect(content, dict)
         for field in ("annotations", "categories"):
-            expect(content[field] or [None], list)
+            if content[field] != []:
+                expect(content[field], list)
         pictures = expect(content["images"], list)
         files = np.array([item.get("file_name", "") for item in pictures], str)
         category = np.array([item["category_id"] for item in content["annotations"]], float)
+        category[np.isnan(category)] = -1
         categories = read_categories(path, content, category.tolist(), skeleton)
     of_use = np.isin(category, categories)
     unsized = {"width": 0, "height": 0}
@@ -425,17 +426,17 @@ def read_coco_file(path, skeleton):
 
 
 def tidy(names):
-    """Names of joints in one way of writing: "Left_Eye" is "left eye"; "" if they are but numbered,
-    as "kp1" and "kp2"."""
+    """Names of joints in one way of writing: "Left_Eye" -> "left eye"; "" for all if they are only
+    numbered, as "kp1" and "kp2" are, and tell nothing."""
     names = [str(name).lower().replace("_", " ") for name in names]
     bare = {re.sub(r"\d+", "", name) for name in names}
     return [""] * len(names) if len(bare) == 1 and bare != {*names} else names
 
 
 def read_categories(path, content, category, skeleton):
-    """The ids of the categories of a COCO file, parsed, that have the skeleton's joints; where none
-    names joints, of those whose annotations have some. category: of the annotations, counted in
-    print. InputError if joints are named, but nowhere the skeleton's, in their order."""
+    """The ids of the categories of a COCO file, parsed, that have the skeleton's joints, where none
+    names joints of those whose annotations have some. category: of all annotations; how many each
+    has is printed. InputError if joints are named, but nowhere the skeleton's, in their order."""
     own = tidy(skeleton.joints)
     joints = {float(item["id"]): tidy(item["keypoints"]) for item in content["categories"]
               if item.get("keypoints")}
@@ -576,8 +577,7 @@ def read_detections(path, find, categories=(1,)):
     with reading(path, "a list of boxes, each with image_id or file_name"):
         entries = expect(read_json(path), list)
         pictures = np.array([find(entry) for entry in entries])
-        category = [entry.get("category_id", categories[0]) for entry in entries]
-        category = np.array(category, float)
+        category = np.array([entry.get("category_id", categories[0]) for entry in entries], float)
     rows = leave_out(path, "boxes", {
         f"of other categories than {categories}": ~np.isin(category, categories),
         "of no picture here, or of a name that several have": pictures < 0})
@@ -610,10 +610,10 @@ def find_pictures(folder, names):
         for file in files:
             path = os.path.join(place, file)[len(str(folder)) + 1:]
             there["/".join(name_parts(path))] = path
-    found = [there.get("/".join(name_parts(name)), name) for name in names]
-    missing = [Path(folder, name) for name, file in zip(names, found)
-               if file not in there and file == name and not Path(folder, name).is_file()]
-    return found, missing
+    keys = ["/".join(name_parts(name)) for name in names]
+    missing = [Path(folder, name) for name, key in zip(names, keys)
+               if key not in there and not Path(folder, name).is_file()]
+    return [there.get(key, name) for name, key in zip(names, keys)], missing
 
 
 def load_people(dataset, root, split, size, skeleton, boxes="gt", most=None):

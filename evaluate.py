@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from data import (DATASETS, PoseDataset, affine, expect, flip_order, normalise,
-                  people_in_boxes, plural, read_columns, transform)
+from data import (DATASETS, PoseDataset, affine, expect, flip_order, normalise, people_in_boxes,
+                  plural, read_columns, transform)
 from lapx import (LAPX, MEAN, SKELETONS, STD, STRIDE, InputError, Skeleton, decode, from_checkpoint,
                   heatmap_size, load_file, reading, weights_path)
 
@@ -307,8 +307,7 @@ def coco_results(keypoints, people, network):
     """Predictions (N,K,3), in pixels of the pictures -> what COCO's server takes: a list of
     {image_id, category_id, keypoints, score}."""
     scores, kept = rescore(keypoints, people, network)
-    return [{"image_id": int(people.image_id[row]),
-             "category_id": int(people.category_id[row]),
+    return [{"image_id": int(people.image_id[row]), "category_id": int(people.category_id[row]),
              "keypoints": keypoints[row].ravel().tolist(), "score": float(scores[row])}
             for row in kept]
 
@@ -478,9 +477,8 @@ def evaluate_dataset(args, network):
     split = args.split or (network.splits if own else DATASETS[dataset].splits)[1]
     people = data.load_people(dataset, args.data, split, network.size, network.skeleton,
                               args.boxes)
-    reason = unscored(people.truth) if people.truth else ""
-    if not people.truth and not people.visible.any():
-        reason = "nobody has an annotated joint"
+    reason = "" if people.visible.any() else "nobody has an annotated joint"
+    reason = unscored(people.truth) if people.truth else reason
     # DIFFERS: boxes of COCO's persons. The paper's numbers are with a detector's boxes, ours are
     # with annotated ones unless --boxes names a file: about 2 AP more. The result line says which.
     boxes = "annotated (gt)" if args.boxes == "gt" else f"of {args.boxes}"

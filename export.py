@@ -452,13 +452,11 @@ def profile(args, threads):
 
 # ---------------------------------------------------------------------------- 8 bits (optional)
 
-# Float32 files need nothing of what follows. ONNX Runtime's quantiser computes with bytes: each is
-# round(value / scale) + zero, within 0..255, with a scale and a zero for each value of the graph,
-# from the range seen there. Heads and Non-Local modules compute in float32.
-#
-# Weights take 7 bits, from -64 to 64: x86 CPUs without VNNI add two products in 16 bits, where
-# 2 * 255 * 64 just fits. With 8 bits the sums saturated: on an AMD EPYC Zen 3 the error of LAPX's
-# heatmaps was 5.3 % (root mean square) then, and is XXX %.
+# Float32 files need nothing of what follows. ONNX Runtime's quantiser lets a graph compute with
+# bytes: each is round(value / scale) + zero, within 0..255, with a scale and a zero for each value
+# of the graph, from the range seen there. Heads and Non-Local modules compute in float32. Weights
+# take 7 bits, from -64 to 64: x86 CPUs without VNNI add two products in 16 bits, where 2 * 255 * 64
+# just fits; with 8 bits the sums saturated on them.
 
 def pooled_eca(module, x):
     """ECA, (B,C,h,w) -> same, whose average and maximum come from poolings, which ONNX Runtime

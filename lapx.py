@@ -89,8 +89,7 @@ class Skeleton:
     its parts do not fit together."""
 
     joints: tuple  # K names, in the order of the heatmaps
-    flip_pairs: tuple  # pairs of joint indices that change places when a picture is mirrored; with
-    # none nothing is mirrored: left and right differ (text, machines)
+    flip_pairs: tuple  # pairs of joint indices that change places in a mirror; (): never mirrored
     limbs: tuple  # pairs of joint indices that are joined by a line in drawings
     sigmas: tuple = ()  # K falloffs of the object keypoint similarity (OKS), COCO's metric
 
@@ -99,8 +98,8 @@ class Skeleton:
         paired = [index for pair in self.flip_pairs for index in pair]
         drawn = [index for pair in self.limbs for index in pair]
         faults = {
-            "joints are no tuple of different names": isinstance(self.joints, str) or not all(
-                isinstance(name, str) for name in self.joints) or len({*self.joints}) < K,
+            "joints are no tuple of different names": isinstance(self.joints, str) or {
+                type(name) for name in self.joints} != {str} or len({*self.joints}) < K,
             f"flip_pairs and limbs are not all indices from 0 to {K - 1} (COCO's own files count "
             "limbs from 1)": not {*paired, *drawn} <= {*range(K)},
             "a joint is in two flip_pairs": len({*paired}) < len(paired),

@@ -2597,7 +2597,7 @@ def test_json_that_is_something_else_is_told_as_what_it_is(content, found, coco,
     truth = coco / "annotations/person_keypoints_val2017.json"
     status, text = run("evaluate.py", "--results", tmp_path / "a.json", "--annotations", truth,
                        check=False)
-    assert status == 1 and f"a.json must be a list of results" in text and found in text
+    assert status == 1 and "a.json must be a list of results" in text and found in text
     with pytest.raises(InputError, match=f"a list of boxes.*{found}"):
         data.read_coco(coco, "val2017", boxes=tmp_path / "a.json")
     data.write_file(tmp_path / "annot/train.json", content)

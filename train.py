@@ -433,8 +433,7 @@ def train(args, rank):
         if rank > 0:  # the first process's network is scored and saved
             continue
         metrics = {}
-        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == recipe.epochs
-        if due and not reason:
+        if not reason and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == recipe.epochs):
             model.eval()
             keypoints = evaluate.predict(network, crops, flip=False)
             metrics = evaluate.score(keypoints, valid, network)
