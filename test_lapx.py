@@ -1621,6 +1621,19 @@ def test_bgr_networks_see_blue_first(weights, mpii, tmp_path):
 
 # ---------------------------------------------------------------------------- evaluate.py: COCO
 
+def pycocotools_ap(truth, results):
+    """The ten numbers by pycocotools, of parsed files."""
+    from pycocotools.coco import COCO as Reference
+    from pycocotools.cocoeval import COCOeval
+
+    reference = Reference()
+    reference.dataset = copy.deepcopy(truth)
+    reference.createIndex()
+    judge = COCOeval(reference, reference.loadRes(copy.deepcopy(results)), "keypoints")
+    judge.evaluate(), judge.accumulate(), judge.summarize()
+    return judge.stats
+
+
 def random_coco(rng, kind):
     """A COCO ground truth and results with crowds, people without joints, ties and false alarms."""
     images = [{"id": int(number)} for number in rng.permutation(30)[:rng.integers(1, 10)]]
@@ -1656,15 +1669,21 @@ def random_coco(rng, kind):
                 results[-1]["bbox"] = [0, 0, *map(float, sides)]
     if kind == "an id twice" and len(annotations) > 3:
         annotations[1]["id"] = annotations[0]["id"]
+    for item in annotations:
+        if kind == "num_keypoints" and rng.random() < 0.3:  # contradicts the flags
+            item["num_keypoints"] = 17 * (item["num_keypoints"] == 0)
+        if kind == "pictures that are not listed" and rng.random() < 0.2:
+            item["image_id"] = 99
+    for item in [*annotations, *results]:
+        item["category_id"] = int(rng.choice([1, 4, 5])) if kind == "categories" else 1
     return {"images": images, "annotations": annotations, "info": {},
-            "categories": [{"id": 1, "name": "person", "keypoints": []}]}, results
+            "categories": [{"id": id, "name": "a", "keypoints": []} for id in (5, 1, 4)]}, results
 
 
-@pytest.mark.parametrize("kind", ["plain", "whole pixels", "ties", "boxes", "id 0", "an id twice"])
+@pytest.mark.parametrize("kind", [
+    "plain", "whole pixels", "ties", "boxes", "id 0", "an id twice", "categories", "num_keypoints",
+    "pictures that are not listed"])
 def test_average_precision_equals_pycocotools(kind, capsys, tmp_path):
-    from pycocotools.coco import COCO as Reference
-    from pycocotools.cocoeval import COCOeval
-
     rng = np.random.default_rng(zlib.crc32(kind.encode()))
     for _ in range(12):
         truth, results = random_coco(rng, kind)
@@ -1672,17 +1691,11 @@ def test_average_precision_equals_pycocotools(kind, capsys, tmp_path):
             continue
         file = {**truth, "images": [{**image, "width": 600, "height": 600, "file_name": "x"}
                                     for image in truth["images"]]}
-        reference = Reference()
-        reference.dataset = truth
-        reference.createIndex()
-        judge = COCOeval(reference, reference.loadRes([dict(result) for result in results]),
-                         "keypoints")
-        judge.evaluate(), judge.accumulate(), judge.summarize()
         data.write_file(tmp_path / "truth.json", file)
         ours = evaluate.coco_ap(data.read_coco_file(tmp_path / "truth.json", COCO),
                                 results, "results", COCO.sigmas)
         assert list(ours) == list(evaluate.COCO_METRICS)
-        assert np.abs(judge.stats - list(ours.values())).max() < 1e-9
+        assert np.abs(pycocotools_ap(truth, results) - list(ours.values())).max() < 1e-9
 
 
 def test_a_detection_finds_the_most_similar_free_person_and_others_only_for_want_of_one():
@@ -2146,19 +2159,6 @@ def with_changes(coco, folder, change):
     return folder
 
 
-def pycocotools_ap(truth, results):
-    """The ten numbers by pycocotools, of parsed files."""
-    from pycocotools.coco import COCO as Reference
-    from pycocotools.cocoeval import COCOeval
-
-    reference = Reference()
-    reference.dataset = copy.deepcopy(truth)
-    reference.createIndex()
-    judge = COCOeval(reference, reference.loadRes(copy.deepcopy(results)), "keypoints")
-    judge.evaluate(), judge.accumulate(), judge.summarize()
-    return judge.stats
-
-
 def as_published(folder):
     """A small data set with all that is odd in COCO's own files, in both splits."""
     rng = np.random.default_rng(1)
@@ -2432,6 +2432,30 @@ def test_results_of_several_categories_are_written_with_theirs(coco, weights, tm
     status, text = run("evaluate.py", "--results", tmp_path / "results.json", "--annotations",
                        root / "annotations/person_keypoints_val2017.json", check=False)
     assert status == 1 and "some with the category_id [3, 8]" in text and "empty list" in text
+
+
+def test_a_person_without_area_and_joints_hides_no_detection(coco, tmp_path):
+    def change(content):
+        for annotation in content["annotations"][:5]:
+            annotation.update(keypoints=[], num_keypoints=0, area=0)
+
+    def areas_gone(content):
+        change(content)
+        for annotation in content["annotations"][:5]:
+            del annotation["area"]
+
+    found = np.random.default_rng(0).uniform(0, 600, (6, 17, 3))
+    results = []
+    for number, root in enumerate((with_changes(coco, tmp_path / "a", change),
+                                   with_changes(coco, tmp_path / "b", areas_gone))):
+        file = data.read_coco_file(root / "annotations/person_keypoints_val2017.json", COCO)
+        entries = [{"image_id": 7 + row // 2, "category_id": 1, "score": 0.5,
+                    "keypoints": keypoints.ravel().tolist()} for row, keypoints in enumerate(found)]
+        entries[0]["keypoints"] = file.persons["keypoints"][5].ravel().tolist()
+        entries[0]["image_id"] = 9
+        assert evaluate.unscored(file) == ""
+        results.append(evaluate.coco_ap(file, entries, "results", COCO.sigmas))
+    assert results[0] == results[1] and 0 < results[0]["AP"] < 1
 
 
 def test_two_pictures_of_one_id_are_refused(coco, tmp_path):
