@@ -572,7 +572,7 @@ def pictures_in(places):
         # a Mac puts ._1.jpg beside 1.jpg
         found = [path for path in inside if path.suffix.lower() in PICTURES and path.name[0] != "."]
         others = Counter("folder" if path.is_dir() else "hidden" if path.name[0] == "." else
-                         path.suffix for path in {*inside} - {*found})
+                         path.suffix or path.name for path in {*inside} - {*found})
         if others:
             print(f"{place}: not taken for pictures: " + ", ".join(
                 f"{count} {kind}" for kind, count in sorted(others.items())))

@@ -2547,8 +2547,8 @@ def test_what_a_folder_has_besides_pictures_is_counted(weights, tmp_path):
         data.write_file(tmp_path / name, b"no picture")
     text = run("evaluate.py", "--weights", weights[0], "--image", tmp_path, "--out",
                tmp_path / "sub/out")
-    assert (f"{tmp_path}: not taken for pictures: 1 , 1 .HEIC, 1 .heic, 1 .jfif, 1 .txt, 1 folder, "
-            "2 hidden\n") in text
+    assert (f"{tmp_path}: not taken for pictures: 1 .HEIC, 1 .heic, 1 .jfif, 1 .txt, 1 folder, "
+            "1 h, 2 hidden\n") in text
     assert {path.name for path in (tmp_path / "sub/out").glob("*.png")} == {
         "a_pose.png", "b_pose.png"}
     status, text = run("evaluate.py", "--weights", weights[0], "--image", tmp_path / "c.heic",
