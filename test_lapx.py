@@ -2315,7 +2315,8 @@ def test_training_needs_no_area_and_no_score_is_made_up(coco, tmp_path):
     assert "epochs are not scored: 7 annotations have no area, which OKS needs" in text
     lines = [line.split() for line in text.splitlines() if re.match(r" +\d/2 ", line)]
     assert [words[4] for words in lines] == ["-", "-"]
-    assert "AP50" not in text and (tmp_path / "run/predictions.png").exists()
+    assert "AP50" not in text and "/run/: last.pt, log.csv" in text
+    assert (tmp_path / "run/predictions.png").exists()
     assert not (tmp_path / "run/best.pt").exists()
     text = run("evaluate.py", "--weights", tmp_path / "run/last.pt", "--data", root, "--out",
                tmp_path / "out")

@@ -484,7 +484,7 @@ def report(out, history, best, network, crops, scored=True):
     samples = PoseDataset(found, (2 * height, 2 * width), network.skeleton)
     drawn = data.show_samples(samples, network.skeleton, targets=False, count=min(12, len(valid)))
     data.write_file(out / "predictions.png", drawn)
-    print(f"wrote {out}/: best.pt, last.pt, log.csv, curve.png, predictions.png")
+    print(f"wrote {out}/: {'best.pt, ' * scored}last.pt, log.csv, curve.png, predictions.png")
 
 
 # ---------------------------------------------------------------------------- drawings
