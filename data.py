@@ -295,9 +295,8 @@ def read_columns(path, name, entries, shapes, lowest={}, missing={}):
                 wanted = f"from {low:g} to 1e10"
             bad = np.argwhere(~good)  # NaN, too
             if len(bad):
-                row = bad[0, 0]
-                where.entry = f"{name} {row}, counted from 0"
-                raise ValueError(f"{field} is {column[row].tolist()}, not {wanted}")
+                where.entry = f"{name} {bad[0, 0]}, counted from 0"
+                raise ValueError(f"{field} is {column[tuple(bad[0])]:.17g}, not {wanted}")
             columns[field] = column
     return columns
 
@@ -378,8 +377,8 @@ class CocoFile:
     categories: list  # the ids of those that are read
     files: np.ndarray  # (I,) text
     images: dict  # of arrays (I,): id, width, height; 0 where a size is not known
-    persons: dict  # of arrays (M,...): id, image_id, category_id, bbox, area (-1 where it is
-    # missing), iscrowd, num_keypoints, keypoints (K,3)
+    persons: dict  # of arrays (M,...): id, image_id, category_id, bbox, area (both -1 where they
+    # are missing), iscrowd, num_keypoints, keypoints (K,3)
 
 
 def read_coco_file(path, skeleton):
@@ -411,7 +410,8 @@ def read_coco_file(path, skeleton):
         path, "person", list(itertools.compress(content["annotations"], of_use)),
         {"id": (), "image_id": (), "bbox": (4,), "area": (), "iscrowd": (), "num_keypoints": (),
          "keypoints": (3 * K,)},
-        missing={"id": 0, "bbox": 0, "area": -1, "iscrowd": 0, "num_keypoints": -1, "keypoints": 0})
+        missing={"id": 0, "bbox": -1, "area": -1, "iscrowd": 0, "num_keypoints": -1,
+                 "keypoints": 0})
     keypoints = persons["keypoints"].reshape(-1, K, 3)  # x, y, flag
     count = persons["num_keypoints"]
     count = np.where(count < 0, (keypoints[..., 2] > 0).sum(1), count)
@@ -426,25 +426,25 @@ def read_coco_file(path, skeleton):
 
 
 def tidy(names):
-    """Names of joints in one way of writing: "Left_Eye" -> "left eye"; "" for all if they are only
-    numbered, as "kp1" and "kp2" are, and tell nothing."""
-    names = [str(name).lower().replace("_", " ") for name in names]
+    """Names of joints in one way of writing; whether they are but numbered, as "kp1" and "kp2"."""
+    names = [re.sub(r"[\W_]+", " ", str(name).lower()).strip() for name in names]
     bare = {re.sub(r"\d+", "", name) for name in names}
-    return [""] * len(names) if len(bare) == 1 and bare != {*names} else names
+    return names, len(bare) == 1 and bare != {*names}
 
 
 def read_categories(path, content, category, skeleton):
     """The ids of the categories of a COCO file, parsed, that have the skeleton's joints, where none
     names joints of those whose annotations have some. category: of all annotations; how many each
     has is printed. InputError if joints are named, but nowhere the skeleton's, in their order."""
-    own = tidy(skeleton.joints)
-    joints = {float(item["id"]): tidy(item["keypoints"]) for item in content["categories"]
-              if item.get("keypoints")}
+    own, numbered = tidy(skeleton.joints)
+    joints = {float(item["id"]): tidy(expect(item["keypoints"], list))
+              for item in content["categories"] if item.get("keypoints")}
     if not joints:
-        joints = {id: own for id, item in zip(category, content["annotations"])
-                  if item.get("keypoints")} or {1: own}
+        joints = {id: (own, numbered) for id, item in zip(category, content["annotations"])
+                  if item.get("keypoints")} or {1: (own, numbered)}
     others = {id: [pair for pair in itertools.zip_longest(theirs, own, fillvalue="no joint")
-                   if pair[0] != pair[1] and all(pair)] for id, theirs in joints.items()}
+                   if pair[0] != pair[1] and only == numbered]
+              for id, (theirs, only) in joints.items()}
     chosen = [int(id) for id, pairs in others.items() if not pairs]
     if not chosen:
         theirs, ours = next(iter(others.values()))[0]
@@ -545,21 +545,20 @@ def name_parts(name):
 
 
 def picture_finder(numbers, folder, names):
-    """A function from a box, {file_name or image_id: ...}, to the place of its picture in lists of
-    the pictures' numbers and names below a folder; -1 if it is none of them, or may be several.
-
-    A file_name is the name, or its end: with folders ("cam1/1.jpg") or without. An image_id is the
-    number, also as text, or the name, also without its ending."""
+    """A function from a box to the place of its picture in lists of the pictures' numbers and names
+    below a folder; -1 if it is none of them, or may be several. The box's file_name is the name or
+    its end, with folders ("cam1/1.jpg") or without; its image_id the number, also as text, or the
+    name, also without its ending."""
     places = {}
     for place, (number, name) in enumerate(zip(numbers, names)):
-        parts = name_parts(os.path.abspath(os.path.join(folder, name)))[-4:]
-        ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        for key in {number, *ends, *(os.path.splitext(end)[0] for end in ends)}:
+        parts = name_parts(os.path.abspath(os.path.join(folder, name)))
+        ends = ["/".join(parts[start:]) for start in (0, -4, -3, -2, -1)]
+        for key in {number, *ends, *(os.path.splitext(end)[0] for end in ends)} - {None}:
             places[key] = -1 if key in places else place
     places |= {"/".join(name_parts(name)): place for place, name in enumerate(names)}
 
     def find(entry):
-        name = entry["file_name"] if "file_name" in entry else entry["image_id"]
+        name = entry.get("file_name") or entry["image_id"]
         place = places.get(int(name) if str(name).isdecimal() else name, -1)
         if place < 0 and isinstance(name, str):
             place = places.get("/".join(name_parts(name)), -1)
@@ -886,9 +885,9 @@ def read_json(path, object_hook=None):
 def expect(value, kind):
     """The value, if it is of the kind, list or dict, and not empty; else ValueError."""
     if not isinstance(value, kind) or not value:
-        names = {dict: "dictionary", list: "list"}
-        raise ValueError(f"it is {'a' if value else 'an empty'} {names.get(type(value), value)}, "
-                         f"not a {names[kind]} with entries")
+        names = {dict: "a dictionary", list: "a list"}
+        found = names.get(type(value), value) if value else value
+        raise ValueError(f"it is {found}, not {names[kind]} with entries")
     return value
 
 

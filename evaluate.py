@@ -177,8 +177,9 @@ def results_columns(entries, path, num_joints, categories):
     pycocotools. InputError, naming path, if it is not a list of such results."""
     with reading(path, f"a list of results, some with the category_id {categories}"):
         boxed = bool(expect(entries, list)[0].get("bbox"))
-        known = expect([entry for entry in entries if float(entry["category_id"]) in categories],
-                       list)
+        known = [entry for entry in entries if float(entry["category_id"]) in categories]
+        if not known:
+            raise ValueError(f"all {len(entries)} are of others")
     shapes = {"image_id": (), "category_id": (), "score": (), "keypoints": (3 * num_joints,)}
     columns = read_columns(path, "result", known, shapes | ({"bbox": (4,)} if boxed else {}))
     columns["keypoints"] = columns["keypoints"].reshape(-1, num_joints, 3)
@@ -223,8 +224,7 @@ def coco_ap(file, entries, path, sigmas):
         people = people_in.get(image, [])  # (G,)
         similarity = [object_keypoint_similarity(
             results["keypoints"][detections, :, :2], persons["keypoints"][row],
-            max(persons["area"][row], 0), persons["bbox"][row], np.asarray(sigmas))
-            for row in people]
+            persons["area"][row], persons["bbox"][row], np.asarray(sigmas)) for row in people]
         if np.max(similarity, initial=0) >= THRESHOLDS[0]:
             pictures.append((detections, people, np.transpose(similarity).tolist()))  # (D,G)
 
@@ -265,15 +265,14 @@ def unscored(file):
     labelled = persons["keypoints"].any((1, 2))
     counted = persons["num_keypoints"] > 0
     lost = len(labelled) - np.count_nonzero(np.unique(persons["id"]))
-    for count, fault in ((lost, "have an id that is 0 or another's, and count as not found"),
-                         (sum(counted != labelled), "have a num_keypoints that contradicts their "
-                          "joints' flags, and decides whether they are to be found")):
+    for count, fault in ((lost, "have no id, 0 or another's id, and count as not found"),
+                         (sum(counted != labelled), "go by num_keypoints, against their flags")):
         if count:
             print(f"{file.path}: {count} annotations {fault}; so it is in pycocotools")
     if not labelled.any():
         return "nobody has a labelled joint"
-    unsized = sum((counted | labelled) & (persons["area"] < 0))
-    return f"{unsized} annotations have no area, which OKS needs" if unsized else ""
+    unsized = sum((persons["area"] < 0) | (persons["bbox"][:, 2] < 0) & ~labelled)
+    return f"{unsized} annotations have no area or box, which OKS needs" if unsized else ""
 
 
 # ---------------------------------------------------------------------------- results

@@ -26,7 +26,6 @@ import warnings
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import data  # before torch: data.py sets OMP_WAIT_POLICY, which torch reads
 
@@ -518,7 +517,7 @@ def quantised(proto, images, batch):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "bytes.onnx"
         quantize_static(
-            proto, path, SimpleNamespace(get_next=lambda: next(feeds, None)), per_channel=True,
+            proto, path, argparse.Namespace(get_next=lambda: next(feeds, None)), per_channel=True,
             reduce_range=True, activation_type=QuantType.QUInt8, nodes_to_exclude=in_float,
             op_types_to_quantize=["Conv", "Add", "Mul", "MaxPool", "AveragePool", "Resize", "Elu"])
         proto = onnx.load(path)

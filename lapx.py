@@ -94,19 +94,21 @@ class Skeleton:
     sigmas: tuple = ()  # K falloffs of the object keypoint similarity (OKS), COCO's metric
 
     def __post_init__(self):
-        K = len(self.joints)
-        paired = [index for pair in self.flip_pairs for index in pair]
-        drawn = [index for pair in self.limbs for index in pair]
-        faults = {
-            "joints are no tuple of different names": isinstance(self.joints, str) or {
-                type(name) for name in self.joints} != {str} or len({*self.joints}) < K,
-            f"flip_pairs and limbs are not all indices from 0 to {K - 1} (COCO's own files count "
-            "limbs from 1)": not {*paired, *drawn} <= {*range(K)},
-            "a joint is in two flip_pairs": len({*paired}) < len(paired),
-            f"sigmas are not {K} numbers, or none": len(self.sigmas) not in (0, K)}
-        for fault, found in faults.items():
-            if found:
-                raise ValueError(f"{fault}: {self}")
+        try:
+            K = len(self.joints)
+            paired = [index for a, b in self.flip_pairs for index in (a, b)]
+            drawn = [index for a, b in self.limbs for index in (a, b)]
+            faults = {
+                "joints are no tuple of different names": isinstance(self.joints, str) or {
+                    type(name) for name in self.joints} != {str} or len({*self.joints}) < K,
+                f"flip_pairs and limbs are not all of indices from 0 to {K - 1} (in COCO's files "
+                "limbs count from 1)": not {*paired, *drawn} <= {*range(K)},
+                "a joint is in two flip_pairs": len({*paired}) < len(paired),
+                f"sigmas are not {K} numbers, or none": len(self.sigmas) not in (0, K)}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"not tuples, of pairs as in ((0, 1),): {self}") from error
+        for fault in [fault for fault, found in faults.items() if found]:
+            raise ValueError(f"{fault}: {self}")
 
 
 SKELETONS = {

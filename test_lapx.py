@@ -1030,11 +1030,11 @@ def test_ids_are_whole_numbers_up_to_2_to_the_53(id, coco, tmp_path):
     (lambda content: content["annotations"][2].update(image_id=None), "person 2, |image_id"),
     (lambda content: content["annotations"][2].update(bbox=[1] * 8), "person 2, .*bbox has 8"),
     (lambda content: content["annotations"][2].update(bbox=["x"] * 4), "bbox.*'x'"),
-    (lambda content: content["annotations"][2].update(area=1e300), "person 2, .*area is 1e"),
+    (lambda content: content["annotations"][2].update(area=1e300), "person 2, .*area is 1"),
     (lambda content: content["annotations"][2].pop("category_id"), "'category_id' is missing"),
     (lambda content: content["annotations"][2].update(category_id="dog"), "'dog'"),
     (lambda content: content["annotations"].clear(), "of 0 annotations left out: none; .* nobody"),
-    (lambda content: content["images"].clear(), "it is an empty list, not a list with entries"),
+    (lambda content: content["images"].clear(), "it is .., not a list with entries"),
     (lambda content: content.update(images={"1": {}}), "it is a dictionary, not a list"),
     (lambda content: content.update(annotations={"1": {}}), "it is a dictionary, not a list"),
     (lambda content: content.pop("images"), "'images' is missing"),
@@ -2216,7 +2216,7 @@ def test_a_file_like_cocos_own_is_trained_on_and_scored(tmp_path):
     assert row["loss"] > 0 and row["AP"] >= 0
     text = run("evaluate.py", "--weights", tmp_path / "run/last.pt", "--data", tmp_path,
                "--no-flip", "--out", tmp_path / "out")
-    assert "contradicts" not in text and "not found" not in text
+    assert "pycocotools" not in text
     truth = data.read_json(tmp_path / "annotations/person_keypoints_val2017.json")
     people = data.read_coco(tmp_path, "val2017")
     found = np.random.default_rng(0).normal(0, 3, (18, 17, 3)) + np.dstack(
@@ -2312,7 +2312,7 @@ def test_training_needs_no_area_and_no_score_is_made_up(coco, tmp_path):
     root = with_changes(coco, tmp_path, change)
     text = run("train.py", "--dataset", "coco", "--data", root, "--variant", "tiny", "--input",
                "64x64", "--epochs", 2, "--batch-size", 6, "--workers", 0, "--out", tmp_path / "run")
-    assert "epochs are not scored: 7 annotations have no area, which OKS needs" in text
+    assert "epochs are not scored: 7 annotations have no area or box, which OKS needs" in text
     lines = [line.split() for line in text.splitlines() if re.match(r" +\d/2 ", line)]
     assert [words[4] for words in lines] == ["-", "-"]
     assert "AP50" not in text and "/run/: last.pt, log.csv" in text
@@ -2320,11 +2320,11 @@ def test_training_needs_no_area_and_no_score_is_made_up(coco, tmp_path):
     assert not (tmp_path / "run/best.pt").exists()
     text = run("evaluate.py", "--weights", tmp_path / "run/last.pt", "--data", root, "--out",
                tmp_path / "out")
-    assert "there is no score, as 7 annotations have no area" in text
+    assert "there is no score, as 7 annotations have no area or box" in text
     assert not (tmp_path / "out/metrics.json").exists()
     status, text = run("evaluate.py", "--results", tmp_path / "out/results.json", "--annotations",
                        root / "annotations/person_keypoints_val2017.json", check=False)
-    assert status == 1 and "can't be scored: 7 annotations have no area" in text
+    assert status == 1 and "can't be scored: 7 annotations have no area or box" in text
 
 
 def test_flags_say_whether_a_joint_is_labelled(coco, tmp_path):
@@ -2345,7 +2345,7 @@ def test_flags_say_whether_a_joint_is_labelled(coco, tmp_path):
     assert len(data.read_coco(root, "val2017")) == 6
     text = run("evaluate.py", "--results", tmp_path / "results.json", "--annotations",
                root / "annotations/person_keypoints_val2017.json", "--out", tmp_path)
-    assert "2 annotations have a num_keypoints that contradicts their joints' flags" in text
+    assert "2 annotations go by num_keypoints, against their flags; so it is in" in text
 
 
 def test_nobody_to_find_is_no_score_of_minus_one_hundred(coco, tmp_path):
@@ -2354,7 +2354,7 @@ def test_nobody_to_find_is_no_score_of_minus_one_hundred(coco, tmp_path):
     text = run("train.py", "--dataset", "coco", "--data", root, "--variant", "tiny", "--input",
                "64x64", "--epochs", 1, "--batch-size", 6, "--workers", 0, "--out", tmp_path / "run")
     line = next(line for line in text.splitlines() if line.startswith("   1/1"))
-    assert line.split()[4] == "-" and "7 annotations have a num_keypoints that contradicts" in text
+    assert line.split()[4] == "-" and "7 annotations go by num_keypoints" in text
 
 
 NAMES = [name.replace(" ", "_") for name in COCO.joints]
@@ -2366,6 +2366,7 @@ AP10K = ("left_eye right_eye nose neck root_of_tail left_shoulder left_elbow lef
 @pytest.mark.parametrize("categories, ids, read, told", [
     ([(1, "person", NAMES)], [1] * 7, 6, "by category: 7 of person\n"),
     ([(1, "person", [name.upper() for name in COCO.joints])], [1] * 7, 6, "7 of person\n"),
+    ([(1, "person", [f" {name.replace(' ', '-')}" for name in COCO.joints])], [1] * 7, 6, "7 of p"),
     ([(1, "person", [f"kp{place}" for place in range(17)])], [1] * 7, 6, "7 of person\n"),
     ([(1, "person", list(range(1, 18)))], [1] * 7, 6, "7 of person\n"),
     ([], [0] * 7, 6, "7 of 0\n"),
@@ -2408,8 +2409,20 @@ def test_joints_of_other_names_or_in_another_order_are_refused(
     with pytest.raises(InputError, match=f"first '{theirs}' in place of '{ours}'.* SKELETONS"):
         data.read_coco(root, "val2017")
     own = lapx.Skeleton(tuple(joints), (), (), (0.1,) * len(joints))
+    numbered = lapx.Skeleton(tuple(f"kp{place}" for place in range(17)), (), (), (0.1,) * 17)
     if len(joints) == 17:
+        assert len(data.read_coco(root, "val2017", skeleton=numbered)) == 6
         assert len(data.read_coco(root, "val2017", skeleton=own)) == 6
+
+
+def test_numbered_joints_in_another_order_are_refused(coco, tmp_path):
+    names = [f"kp{place}" for place in range(17)]
+    own = lapx.Skeleton(tuple(names), (), (), (0.1,) * 17)
+    names[4:6] = names[5], names[4]
+    root = with_changes(coco, tmp_path, lambda content: content["categories"][0].update(
+        keypoints=names))
+    with pytest.raises(InputError, match="first 'kp5' in place of 'kp4'"):
+        data.read_coco(root, "val2017", skeleton=own)
 
 
 def test_results_of_several_categories_are_written_with_theirs(coco, weights, tmp_path):
@@ -2434,31 +2447,19 @@ def test_results_of_several_categories_are_written_with_theirs(coco, weights, tm
     data.write_file(tmp_path / "results.json", [{**results[0], "category_id": 1}])
     status, text = run("evaluate.py", "--results", tmp_path / "results.json", "--annotations",
                        root / "annotations/person_keypoints_val2017.json", check=False)
-    assert status == 1 and "some with the category_id [3, 8]" in text and "empty list" in text
+    assert status == 1 and "some with the category_id [3, 8]" in text
+    assert "all 1 are of others" in text
 
 
-def test_a_person_without_area_and_joints_hides_no_detection(coco, tmp_path):
+@pytest.mark.parametrize("field, needed", [("area", True), ("bbox", True), ("id", False)])
+def test_persons_without_joints_need_area_and_box_to_be_scored(field, needed, coco, tmp_path):
     def change(content):
-        for annotation in content["annotations"][:5]:
-            annotation.update(keypoints=[], num_keypoints=0, area=0)
+        content["annotations"][2].update(keypoints=[], num_keypoints=0, area=5)
+        del content["annotations"][2][field]
 
-    def areas_gone(content):
-        change(content)
-        for annotation in content["annotations"][:5]:
-            del annotation["area"]
-
-    found = np.random.default_rng(0).uniform(0, 600, (6, 17, 3))
-    results = []
-    for number, root in enumerate((with_changes(coco, tmp_path / "a", change),
-                                   with_changes(coco, tmp_path / "b", areas_gone))):
-        file = data.read_coco_file(root / "annotations/person_keypoints_val2017.json", COCO)
-        entries = [{"image_id": 7 + row // 2, "category_id": 1, "score": 0.5,
-                    "keypoints": keypoints.ravel().tolist()} for row, keypoints in enumerate(found)]
-        entries[0]["keypoints"] = file.persons["keypoints"][5].ravel().tolist()
-        entries[0]["image_id"] = 9
-        assert evaluate.unscored(file) == ""
-        results.append(evaluate.coco_ap(file, entries, "results", COCO.sigmas))
-    assert results[0] == results[1] and 0 < results[0]["AP"] < 1
+    root = with_changes(coco, tmp_path, change)
+    file = data.read_coco_file(root / "annotations/person_keypoints_val2017.json", COCO)
+    assert evaluate.unscored(file).startswith("1 annotations have no area or box") == needed
 
 
 def test_two_pictures_of_one_id_are_refused(coco, tmp_path):
@@ -2479,7 +2480,7 @@ def test_annotation_ids_that_cost_precision_are_told(ids, lost, coco, tmp_path, 
     capsys.readouterr()
     assert evaluate.unscored(people.truth) == ""
     told = capsys.readouterr().out
-    assert (f"{lost} annotations have an id that is 0 or another's" in told) == (lost > 0)
+    assert (f"{lost} annotations have no id, 0 or another's id, and count" in told) == (lost > 0)
     perfect = np.dstack([people.joints, np.ones((6, 17))])
     network = network_of(None, (64, 64), "coco")
     results = evaluate.coco_results(perfect, people, network)
@@ -2563,16 +2564,19 @@ def test_what_a_folder_has_besides_pictures_is_counted(weights, tmp_path):
     ({"file_name": "cam1/0001.jpg"}, 0), ({"file_name": "cam2/0001.jpg"}, 1),
     ({"file_name": "cam2\\0001.jpg"}, 1), ({"file_name": "./cam2/0001.jpg"}, 1),
     ({"file_name": "set/cam2/0001.jpg"}, 1), ({"file_name": "/data/set/cam2/0001.jpg"}, 1),
-    ({"file_name": "other/cam2/0001.jpg"}, -1), ({"file_name": "cam3/0001.jpg"}, -1),
+    ({"file_name": "/a/data/set/cam2/0001.jpg"}, -1), ({"file_name": "cam3/0001.jpg"}, -1),
+    ({"file_name": "other/cam2/0001.jpg"}, -1),
     ({"file_name": "0001.jpg"}, -1), ({"file_name": "7.jpg"}, 2), ({"file_name": "cam2/7.jpg"}, -1),
-    ({"file_name": "1.jpg"}, -1), ({"file_name": ""}, -1),
+    ({"file_name": "1.jpg"}, -1),
     ({"file_name": unicodedata.normalize("NFC", "é.jpg")}, 3),
     ({"file_name": unicodedata.normalize("NFD", "é.jpg")}, 3),
     ({"image_id": "7"}, 2), ({"image_id": 7}, 2), ({"image_id": 7.0}, 2),
     ({"image_id": "7.jpg"}, 2), ({"image_id": "007"}, 2), ({"image_id": "cam2/0001"}, 1),
     ({"image_id": "0001"}, -1),
     ({"image_id": 1}, -1), ({"image_id": "²³"}, 4), ({"image_id": 23}, -1),
-    ({"image_id": None}, -1), ({"file_name": "top.jpg"}, 5), ({"file_name": "cam1/top.jpg"}, 6)])
+    ({"image_id": None}, -1), ({"file_name": None, "image_id": 7}, 2),
+    ({"file_name": "/data/set/cam1/7.jpg"}, 2), ({"file_name": "/data/cam1/7.jpg"}, -1),
+    ({"file_name": "top.jpg"}, 5), ({"file_name": "cam1/top.jpg"}, 6)])
 def test_a_box_belongs_to_the_picture_that_its_name_or_number_says(entry, expected):
     names = ["cam1/0001.jpg", "cam2/0001.jpg", "cam1/7.jpg", unicodedata.normalize("NFD", "é.jpg"),
              "cam1/²³.jpg", "top.jpg", "cam1/top.jpg"]
@@ -2599,10 +2603,12 @@ def test_boxes_of_another_camera_do_not_land_in_this_ones_picture(weights, tmp_p
 @pytest.mark.parametrize("change, complaint", [
     ({"joints": ("a", "b", "a")}, "different names"), ({"joints": "abc"}, "different names"),
     ({"joints": ("a", 2, "c")}, "different names"),
-    ({"limbs": ((1, 2), (2, 3))}, "count limbs from 1"),
+    ({"limbs": ((1, 2), (2, 3))}, "limbs count from 1"),
     ({"limbs": ((-1, 0),)}, "indices from 0 to 2"), ({"flip_pairs": ((0, 3),)}, "indices from 0"),
     ({"flip_pairs": ((0, 1), (1, 2))}, "two flip_pairs"), ({"flip_pairs": ((1, 1),)}, "two flip_p"),
-    ({"sigmas": (0.1, 0.1)}, "3 numbers, or none")])
+    ({"sigmas": (0.1, 0.1)}, "3 numbers, or none"),
+    ({"flip_pairs": (0, 1)}, "of pairs as in"), ({"limbs": ((0, 1, 2),)}, "of pairs as in"),
+    ({"flip_pairs": None}, "not tuples"), ({"sigmas": 0.1}, "not tuples")])
 def test_a_skeleton_is_checked_when_it_is_made(change, complaint):
     good = {"joints": ("a", "b", "c"), "flip_pairs": ((0, 1),), "limbs": ((0, 2),)}
     assert lapx.Skeleton(**good, sigmas=(0.1,) * 3).sigmas and not lapx.Skeleton(**good).sigmas
@@ -2617,14 +2623,14 @@ def test_json_is_read_in_all_forms_of_unicode(encoding, tmp_path):
 
 
 @pytest.mark.parametrize("content, found", [
-    ([], "an empty list, not a list with entries"), ({}, "an empty dictionary, not a list"),
-    ({"images": []}, "a dictionary, not a list"), (5, "a 5, not a list")])
+    ([], r"it is \[\], not a list with entries"), ({}, "it is {}, not a list"),
+    ({"images": []}, "a dictionary, not a list"), (5, "is 5, not a list"), (None, "is None, not")])
 def test_json_that_is_something_else_is_told_as_what_it_is(content, found, coco, mpii, tmp_path):
     data.write_file(tmp_path / "a.json", content)
     truth = coco / "annotations/person_keypoints_val2017.json"
     status, text = run("evaluate.py", "--results", tmp_path / "a.json", "--annotations", truth,
                        check=False)
-    assert status == 1 and "a.json must be a list of results" in text and found in text
+    assert status == 1 and "a.json must be a list of results" in text and re.search(found, text)
     with pytest.raises(InputError, match=f"a list of boxes.*{found}"):
         data.read_coco(coco, "val2017", boxes=tmp_path / "a.json")
     data.write_file(tmp_path / "annot/train.json", content)
@@ -2671,8 +2677,9 @@ def test_without_flip_pairs_nothing_is_mirrored(mpii, tmp_path, monkeypatch):
     assert np.array_equal(predicted(network, people, True), predicted(network, people, False))
 
 
-def test_several_processes_need_a_launcher(mpii, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("name, value", [("WORLD_SIZE", "2"), ("WORLD_SIZE", ""), ("RANK", "1")])
+def test_several_processes_need_a_launcher(name, value, mpii, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, value)
     status, text = run("train.py", *arguments(mpii, tmp_path / "run"), check=False)
     assert status == 1 and "torchrun --nproc_per_node" in text and not (tmp_path / "run").exists()
 
@@ -3327,7 +3334,9 @@ def test_what_is_wrong_is_told_by_one_process(mpii, tmp_path):
 
 
 def test_what_is_wrong_in_another_process_is_told_by_it_in_the_end(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "1"),
+                        ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     ended = []

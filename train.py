@@ -246,6 +246,10 @@ def restore(path, model, optimiser):
 # ---------------------------------------------------------------------------- the run
 
 def main():
+    alone = os.environ.get("RANK", "0") == "0" and os.environ.get("WORLD_SIZE", "1") == "1"
+    if not alone and not {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
+        raise InputError("RANK or WORLD_SIZE is set, but not by a launcher: start processes with "
+                         "torchrun --nproc_per_node=N train.py, or unset both")
     rank = int(os.environ.get("RANK", 0))
     stderr = sys.stderr
     if rank > 0:  # the first process talks for all
@@ -318,9 +322,6 @@ def train(args, rank):
                          "slower than without (pytorch 107372, 139207)")
 
     # processes
-    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= {*os.environ}:
-        raise InputError("WORLD_SIZE is set, but not by a launcher: start several processes with "
-                         "torchrun --nproc_per_node=N train.py, or unset it")
     device = torch.device(args.device)
     if world > 1:
         if device.type == "cuda":
