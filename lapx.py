@@ -106,7 +106,7 @@ class Skeleton:
                 "a joint is in two flip_pairs": len({*paired}) < len(paired),
                 f"sigmas are not {K} numbers, or none": len(self.sigmas) not in (0, K)}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"not tuples, of pairs as in ((0, 1),): {self}") from error
+            raise ValueError(f"all must be tuples, pairs as in ((0, 1),): {self}") from error
         for fault in [fault for fault, found in faults.items() if found]:
             raise ValueError(f"{fault}: {self}")
 

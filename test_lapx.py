@@ -2607,8 +2607,8 @@ def test_boxes_of_another_camera_do_not_land_in_this_ones_picture(weights, tmp_p
     ({"limbs": ((-1, 0),)}, "indices from 0 to 2"), ({"flip_pairs": ((0, 3),)}, "indices from 0"),
     ({"flip_pairs": ((0, 1), (1, 2))}, "two flip_pairs"), ({"flip_pairs": ((1, 1),)}, "two flip_p"),
     ({"sigmas": (0.1, 0.1)}, "3 numbers, or none"),
-    ({"flip_pairs": (0, 1)}, "of pairs as in"), ({"limbs": ((0, 1, 2),)}, "of pairs as in"),
-    ({"flip_pairs": None}, "not tuples"), ({"sigmas": 0.1}, "not tuples")])
+    ({"flip_pairs": (0, 1)}, "pairs as in"), ({"limbs": ((0, 1, 2),)}, "pairs as in"),
+    ({"flip_pairs": None}, "must be tuples"), ({"sigmas": 0.1}, "must be tuples")])
 def test_a_skeleton_is_checked_when_it_is_made(change, complaint):
     good = {"joints": ("a", "b", "c"), "flip_pairs": ((0, 1),), "limbs": ((0, 2),)}
     assert lapx.Skeleton(**good, sigmas=(0.1,) * 3).sigmas and not lapx.Skeleton(**good).sigmas
