@@ -1,7 +1,7 @@
 """What this project promises, one fact a test, in the order of the files: lapx, data, evaluate,
 train, export.
 
-    python -m pytest -q        # CPU only, no data set, no network, two to three minutes
+    python -m pytest -q        # CPU only, no data set, no network, three to four minutes
 
 Numbers that stand in a table here were computed by the reference implementations (the authors'
 network, SimpleBaseline's and HRNet's protocol, pycocotools) on input that is made again below.
