@@ -2378,6 +2378,7 @@ AP10K = ("left_eye right_eye nose neck root_of_tail left_shoulder left_elbow lef
      "3 of cat; 3 of lion; 1 of goat, left out\n"),
     ([("1", "person", NAMES)], [1] * 7, 6, "7 of person\n"),
     ([(1, "person", NAMES)], ["1", 1, 1.0, "1", 1, 1, 1], 6, "7 of person\n"),
+    ([(1, "person", NAMES)], [None, None, 1, 1, 1, 1, 1], 4, "2 of -1, left out; 5 of person\n"),
     ([(1, "person", NAMES), (2, "dog", None)], [2] * 7, 0, "7 of dog, left out\n")])
 def test_categories_with_the_skeletons_joints_are_read_and_all_are_counted(
         categories, ids, read, told, coco, tmp_path, capsys):
@@ -2394,7 +2395,7 @@ def test_categories_with_the_skeletons_joints_are_read_and_all_are_counted(
     else:
         people = data.read_coco(root, "val2017")
         assert len(people) == read
-        read_ids = {int(id) for id in map(float, ids)} & {*people.truth.categories}
+        read_ids = {int(float(id or 0)) for id in ids} & {*people.truth.categories}
         assert {*people.category_id.tolist()} == read_ids
     assert told in capsys.readouterr().out
 
@@ -2575,13 +2576,14 @@ def test_what_a_folder_has_besides_pictures_is_counted(weights, tmp_path):
     ({"image_id": "0001"}, -1),
     ({"image_id": 1}, -1), ({"image_id": "²³"}, 4), ({"image_id": 23}, -1),
     ({"image_id": None}, -1), ({"file_name": None, "image_id": 7}, 2),
-    ({"file_name": "/data/set/cam1/7.jpg"}, 2), ({"file_name": "/data/cam1/7.jpg"}, -1),
+    ({"file_name": "/mnt/data/set/cam1/7.jpg"}, 2), ({"file_name": "/mnt/set/cam1/7.jpg"}, -1),
     ({"file_name": "top.jpg"}, 5), ({"file_name": "cam1/top.jpg"}, 6)])
 def test_a_box_belongs_to_the_picture_that_its_name_or_number_says(entry, expected):
     names = ["cam1/0001.jpg", "cam2/0001.jpg", "cam1/7.jpg", unicodedata.normalize("NFD", "é.jpg"),
              "cam1/²³.jpg", "top.jpg", "cam1/top.jpg"]
     numbers = [1, 1, 7, None, None, None, None]
-    assert data.picture_finder(numbers, "/data/set", names)(entry) == expected
+    assert data.picture_finder(numbers, "/mnt/data/set", names)(entry) == expected
+    assert data.picture_finder([None], "/mnt", ["a.jpg"])({"image_id": None}) == -1
 
 
 def test_boxes_of_another_camera_do_not_land_in_this_ones_picture(weights, tmp_path, monkeypatch):
