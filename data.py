@@ -598,8 +598,7 @@ def find_file(root, dataset, split, *names):
 
 
 def find_pictures(folder, names):
-    """Files below a folder -> their names as the disk writes them, see name_parts; the paths of
-    those that are not there.
+    """Files below a folder -> their names as the disk has them, see name_parts; the missing paths.
 
     Each folder is listed once, instead of looking at each file: on a network disk that takes
     minutes. Only a name that is not in the list is looked at, as some systems know a file by
