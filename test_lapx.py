@@ -100,8 +100,10 @@ class Started:
     the other; it writes to the file `log` what they print."""
 
     def __init__(self, log, *commands, **environment):
-        # a fork has torch loaded already; where there is none (Windows), a process loads it
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+        # a fork has torch loaded already; where there is none (Windows), or it can't use the GPU
+        # that this process has used, a process loads it
+        forks = "fork" in multiprocessing.get_all_start_methods()
+        method = "fork" if forks and not torch.cuda.is_initialized() else "spawn"
         self.log = log
         self.process = multiprocessing.get_context(method).Process(
             target=in_child, args=(log, commands, environment))
@@ -3498,17 +3500,25 @@ def test_own_joints_train_and_are_scored_as_the_readme_says(tmp_path, monkeypatc
         tmp_path)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: looks for hidden waiting")
-def test_no_step_waits_for_the_gpu():
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+def gpu_batch(persons=4):
+    """A batch as the loader gives it to a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (persons, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    joints = 64 * torch.rand(persons, 16, 2, generator=generator)
+    return None, crops.pin_memory(), joints.pin_memory(), torch.ones(persons, 16).pin_memory()
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_no_step_waits_for_the_gpu(precision):
     device = torch.device("cuda")
-    model = LAPX(TINY).to(device)
+    model = LAPX(TINY).to(device, memory_format=data.memory_format(device))
     optimiser = torch.optim.Adam(model.parameters(), fused=True)
-    recipe = argparse.Namespace(**train.default_recipe("mpii"))
-    recipe.input = (64, 64)
-    crops = torch.zeros(2, 64, 64, 3, dtype=torch.uint8).pin_memory()
-    joints = torch.ones(2, 16, 2).pin_memory()
-    visible = torch.ones(2, 16).pin_memory()
-    batches = [(None, crops, joints, visible)] * 4
+    recipe = recipe_of(precision=precision)
+    batches = [gpu_batch()] * 4
     train.train_epoch(model, model, optimiser, batches, 0, recipe, device)  # makes the constants
 
     class Watched(list):  # waiting is an error within the epoch, but for its last step
@@ -3517,7 +3527,48 @@ def test_no_step_waits_for_the_gpu():
                 torch.cuda.set_sync_debug_mode("error" if number < 3 else "default")
                 yield batch
 
-    train.train_epoch(model, model, optimiser, Watched(batches), 0, recipe, device)
+    for epoch in (0, 30, 70):  # gamma is frozen, rises, is learnt
+        train.train_epoch(model, model, optimiser, Watched(batches), epoch, recipe, device)
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision, tolerance",
+                         [("float32", 1e-4), ("tf32", 1e-2), ("bfloat16", 5e-2)])
+def test_a_gpu_learns_and_predicts_what_the_cpu_does(precision, tolerance):
+    losses = {}
+    heatmaps = {}
+    for name in ("cpu", "cuda"):
+        device = torch.device(name)
+        torch.manual_seed(0)
+        model = scrambled(TINY).to(device, memory_format=data.memory_format(device))
+        network = network_of(model, (64, 64), precision=precision)
+        network.device = device
+        optimiser = torch.optim.Adam(model.parameters(), fused=True)
+        recipe = recipe_of(precision=precision if name == "cuda" else "float32")
+        losses[name], _, _ = train.train_epoch(model, model, optimiser, [gpu_batch()] * 3, 70,
+                                               recipe, device)
+        model.eval()
+        heatmaps[name] = network(gpu_batch()[1])[-1].cpu()
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)
+    assert largest_difference(heatmaps["cuda"], heatmaps["cpu"]) < 10 * tolerance
+
+
+@needs_gpu
+def test_a_run_on_a_gpu_is_killed_goes_on_and_scores_alike_on_the_cpu(mpii, tmp_path):
+    out = tmp_path / "run"
+    flags = [*arguments(mpii, out), "--device", "cuda", "--workers", 2, "--precision", "float32",
+             "--resume", "auto"]
+    started = Started(tmp_path / "log.txt", ["train.py", *flags])
+    started.wait_for("   2/4")
+    started.process.kill()
+    started.end()
+    assert "resumed after epoch" in run("train.py", *flags)
+    assert len((out / "log.csv").read_text("utf-8").splitlines()) == 5
+    for device in ("cuda", "cpu"):
+        run("evaluate.py", "--weights", out / "last.pt", "--data", mpii, "--device", device,
+            "--out", tmp_path / device)
+    scores = [data.read_json(tmp_path / f"{device}/metrics.json") for device in ("cuda", "cpu")]
+    assert scores[0] == pytest.approx(scores[1], abs=2)  # a joint of the 56
 
 
 def test_compiling_in_bfloat16_on_a_cpu_is_refused_before_anything_starts(mpii, tmp_path):
