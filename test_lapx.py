@@ -59,6 +59,16 @@ TINY = LAPXConfig(16, 16, neck_attention=("ECA-NonLocal", "ECA"))  # a network f
 ONE_STAGE = replace(TINY, neck_attention=("ECA-NonLocal",))
 FILES = ("lapx.py", "data.py", "train.py", "evaluate.py", "export.py")
 SCRIPTS = {"lapx.py": lapx, "train.py": train, "evaluate.py": evaluate, "export.py": export}
+GPU = torch.cuda.is_available()
+torch.cuda.is_available = lambda: False  # tests compute on the CPU, but for those that ask for gpu
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    if not GPU:
+        pytest.skip("needs CUDA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return torch.device("cuda")
 
 
 def call(script, arguments):
@@ -100,10 +110,8 @@ class Started:
     the other; it writes to the file `log` what they print."""
 
     def __init__(self, log, *commands, **environment):
-        # a fork has torch loaded already; where there is none (Windows), or it can't use the GPU
-        # that this process has used, a process loads it
-        forks = "fork" in multiprocessing.get_all_start_methods()
-        method = "fork" if forks and not torch.cuda.is_initialized() else "spawn"
+        # a fork has torch loaded already; where there is none (Windows), a process loads it
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
         self.log = log
         self.process = multiprocessing.get_context(method).Process(
             target=in_child, args=(log, commands, environment))
@@ -2822,7 +2830,7 @@ def test_an_epoch_is_the_papers_recipe_step_by_step(mpii):
             loss.backward()
             slow_optimiser.step()
             losses.append(loss.item())
-        assert found == pytest.approx(np.mean(losses), rel=1e-5), epoch
+        assert found == pytest.approx(np.mean(losses), rel=1e-4), epoch
         differences = torch.cat([(tensor - slow_tensor).flatten().abs() for tensor, slow_tensor in
                                  zip(model.state_dict().values(), slow.state_dict().values())])
         # a step is 1e-3 at first; rounding can change its sign where a gradient is almost 0
@@ -3500,9 +3508,6 @@ def test_own_joints_train_and_are_scored_as_the_readme_says(tmp_path, monkeypatc
         tmp_path)
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
 def gpu_batch(persons=4):
     """A batch as the loader gives it to a GPU."""
     generator = torch.Generator().manual_seed(0)
@@ -3511,62 +3516,74 @@ def gpu_batch(persons=4):
     return None, crops.pin_memory(), joints.pin_memory(), torch.ones(persons, 16).pin_memory()
 
 
-@needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_no_step_waits_for_the_gpu(precision):
-    device = torch.device("cuda")
-    model = LAPX(TINY).to(device, memory_format=data.memory_format(device))
+def test_no_step_waits_for_the_gpu(gpu, precision):
+    model = LAPX(TINY).to(gpu, memory_format=data.memory_format(gpu))
     optimiser = torch.optim.Adam(model.parameters(), fused=True)
     recipe = recipe_of(precision=precision)
     batches = [gpu_batch()] * 4
-    train.train_epoch(model, model, optimiser, batches, 0, recipe, device)  # makes the constants
+    images = data.normalise(gpu_batch()[1].to(gpu))
+    for wrapped in (model, train.in_one_launch(model, images, precision)):
+        train.train_epoch(wrapped, model, optimiser, batches, 0, recipe, gpu)  # makes the constants
 
-    class Watched(list):  # waiting is an error within the epoch, but for its last step
-        def __iter__(self):
-            for number, batch in enumerate(list.__iter__(self)):
-                torch.cuda.set_sync_debug_mode("error" if number < 3 else "default")
-                yield batch
+        class Watched(list):  # waiting is an error within the epoch, but for its last step
+            def __iter__(self):
+                for number, batch in enumerate(list.__iter__(self)):
+                    torch.cuda.set_sync_debug_mode("error" if number < 3 else "default")
+                    yield batch
 
-    for epoch in (0, 30, 70):  # gamma is frozen, rises, is learnt
-        train.train_epoch(model, model, optimiser, Watched(batches), epoch, recipe, device)
+        for epoch in (0, 30, 70):  # gamma is frozen, rises, is learnt
+            train.train_epoch(wrapped, model, optimiser, Watched(batches), epoch, recipe, gpu)
 
 
-@needs_gpu
 @pytest.mark.parametrize("precision, tolerance",
                          [("float32", 1e-4), ("tf32", 1e-2), ("bfloat16", 5e-2)])
-def test_a_gpu_learns_and_predicts_what_the_cpu_does(precision, tolerance):
+def test_a_gpu_learns_and_predicts_what_the_cpu_does(gpu, precision, tolerance):
     losses = {}
     heatmaps = {}
-    for name in ("cpu", "cuda"):
-        device = torch.device(name)
-        torch.manual_seed(0)
+    for name, device in (("cpu", torch.device("cpu")), ("launched one by one", gpu),
+                         ("in one launch", gpu)):
         model = scrambled(TINY).to(device, memory_format=data.memory_format(device))
         network = network_of(model, (64, 64), precision=precision)
         network.device = device
-        optimiser = torch.optim.Adam(model.parameters(), fused=True)
-        recipe = recipe_of(precision=precision if name == "cuda" else "float32")
-        losses[name], _, _ = train.train_epoch(model, model, optimiser, [gpu_batch()] * 3, 70,
-                                               recipe, device)
-        model.eval()
         heatmaps[name] = network(gpu_batch()[1])[-1].cpu()
-    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=tolerance)
-    assert largest_difference(heatmaps["cuda"], heatmaps["cpu"]) < 10 * tolerance
+        wrapped = model
+        if name == "in one launch":
+            before = copy.deepcopy(model.state_dict())
+            images = data.normalise(gpu_batch()[1].to(gpu))
+            wrapped = train.in_one_launch(model, images, precision)
+            assert all(torch.equal(before[key], tensor) for key, tensor in
+                       model.state_dict().items())
+        optimiser = torch.optim.Adam(model.parameters(), fused=True)
+        recipe = recipe_of(precision="float32" if device.type == "cpu" else precision)
+        losses[name] = [train.train_epoch(wrapped, model, optimiser, [gpu_batch()] * 2, epoch,
+                                          recipe, device)[0] for epoch in (0, 30, 70)]
+    for name in list(losses)[1:]:
+        assert largest_difference(heatmaps[name], heatmaps["cpu"]) < tolerance, name
+        assert losses[name] == pytest.approx(losses["cpu"], rel=tolerance), name
 
 
-@needs_gpu
-def test_a_run_on_a_gpu_is_killed_goes_on_and_scores_alike_on_the_cpu(mpii, tmp_path):
-    out = tmp_path / "run"
-    flags = [*arguments(mpii, out), "--device", "cuda", "--workers", 2, "--precision", "float32",
-             "--resume", "auto"]
-    started = Started(tmp_path / "log.txt", ["train.py", *flags])
-    started.wait_for("   2/4")
-    started.process.kill()
-    started.end()
-    assert "resumed after epoch" in run("train.py", *flags)
-    assert len((out / "log.csv").read_text("utf-8").splitlines()) == 5
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_on_a_gpu_is_killed_goes_on_and_is_the_cpus(gpu, mpii, tmp_path, accumulate):
+    def flags(device):
+        made = arguments(mpii, tmp_path / device, "--device", device, "--precision", "float32",
+                         "--workers", 2, "--input", "128x128", "--batch-size", 4, "--accumulate",
+                         accumulate, "--resume", "auto")
+        return ["lapx" if flag == "tiny" else str(flag) for flag in made]  # in another process, too
+
+    run("train.py", *flags("cpu"))
+    with subprocess.Popen([sys.executable, "train.py", *flags("cuda")], cwd=HERE,
+                          stdout=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("   2/4"):
+            assert process.poll() is None
+        process.kill()
+    assert "resumed after epoch" in run("train.py", *flags("cuda"))
+    losses = [[row["loss"] for row in lapx.load_file(tmp_path / name / "last.pt")["history"]]
+              for name in ("cpu", "cuda")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
     for device in ("cuda", "cpu"):
-        run("evaluate.py", "--weights", out / "last.pt", "--data", mpii, "--device", device,
-            "--out", tmp_path / device)
+        run("evaluate.py", "--weights", tmp_path / "cuda/last.pt", "--data", mpii, "--device",
+            device, "--out", tmp_path / device)
     scores = [data.read_json(tmp_path / f"{device}/metrics.json") for device in ("cuda", "cpu")]
     assert scores[0] == pytest.approx(scores[1], abs=2)  # a joint of the 56
 

@@ -11,6 +11,7 @@ A run's folder gets recipe.json, log.csv, last.pt (to resume), best.pt (the best
 epoch's network), at the end curve.png and predictions.png."""
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -162,6 +163,21 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
         dist.all_reduce(losses)
     speed = steps * parts * len(crops) * world / seconds
     return losses.mean().item() / world, speed, waited / seconds
+
+
+def in_one_launch(model, images, precision):
+    """A model whose forward and backward passes a GPU gets as a whole, as CUDA graphs: else it
+    waits for Python, which launches thousands of small kernels one by one.
+
+    images: a batch (B,3,H,W) of the size of all others, on the GPU. In eval mode nothing changes.
+    """
+    model.train()
+    state = copy.deepcopy(model.state_dict())  # the trials move BatchNorm's running statistics
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of the trials
+    with torch.autocast("cuda", torch.bfloat16, precision == "bfloat16", cache_enabled=False):
+        model = torch.cuda.make_graphed_callables(model, (images,))
+    model.load_state_dict(state)
+    return model
 
 
 # ---------------------------------------------------------------------------- recipe and checkpoint
@@ -401,8 +417,11 @@ def train(args, rank):
                               "last loss": history[-1]["loss"] if history else 0})
         warnings.filterwarnings("ignore", "Grad strides do not match")  # alpha's, 208 numbers
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    if recipe.compile:  # on a GPU the step becomes one CUDA graph
+    if recipe.compile:
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
+    elif device.type == "cuda" and parts == 1:  # gradients of several parts would not add up
+        images = torch.zeros(batch_size, *size, 3, dtype=torch.uint8, device=device)
+        wrapped = in_one_launch(model, normalise(images), recipe.precision)
 
     # the folder
     if args.resume and not resumed:
