@@ -136,12 +136,8 @@ SKELETONS = {
 # ---------------------------------------------------------------------------- attention
 
 # Every part below maps (B,C,h,w) -> the same shape and is made with the number of channels C.
-
-def maximum_over_pixels(x):
-    """(B,C,h,w) -> (B,C). Not x.amax: its gradient looks for what equals the maximum, and finds
-    nothing where torch.compile computes in bfloat16, 0 / 0."""
-    return F.adaptive_max_pool2d(x, 1).flatten(1)
-
+# Maxima are taken by max, whose gradient goes to the place of the maximum. That of amax goes to all
+# that equals it, which is nothing where torch.compile computes in bfloat16: 0 / 0.
 
 class ECA(nn.Module):
     """Efficient channel attention: a gate for each channel from itself and its six neighbours.
@@ -153,7 +149,8 @@ class ECA(nn.Module):
         self.conv = nn.Conv1d(1, 1, 7, padding=3, bias=False)
 
     def forward(self, x):
-        descriptor = x.mean((2, 3)) + maximum_over_pixels(x)  # (B,C)
+        maximum = x.flatten(2).max(2).values  # (B,C)
+        descriptor = x.mean((2, 3)) + maximum  # (B,C)
         gate = self.conv(descriptor[:, None]).sigmoid()  # (B,1,C)
         return x * gate.transpose(1, 2)[..., None]  # (B,C,1,1) scales (B,C,h,w)
 
@@ -174,7 +171,8 @@ class ChannelMLP(nn.Module):
     def forward(self, x):
         # PAPER SILENT: CBAM's gate. The authors' code takes a sigmoid of each descriptor and adds
         # the two, so that the gate runs from 0 to 2; Woo et al. add first and take one sigmoid.
-        gate = self.gate(maximum_over_pixels(x)) + self.gate(x.mean((2, 3)))  # (B,C)
+        maximum = x.flatten(2).max(2).values  # (B,C)
+        gate = self.gate(maximum) + self.gate(x.mean((2, 3)))  # (B,C)
         return x * gate[..., None, None]
 
 
