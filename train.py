@@ -165,15 +165,14 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     return losses.mean().item() / world, speed, waited / seconds
 
 
-def in_one_launch(model, images, precision):
-    """A model whose forward and backward passes a GPU gets as a whole, as CUDA graphs: else it
-    waits for Python, which launches thousands of small kernels one by one.
+def with_cuda_graphs(model, images, precision):
+    """The model, whose forward and backward passes in training are one CUDA graph each.
 
-    images: a batch (B,3,H,W) of the size of all others, on the GPU. In eval mode nothing changes.
-    """
+    A step is 2500 small kernels. Launched one by one by Python they keep a fast GPU busy for two
+    thirds of the time. images: a batch (B,3,H,W) on the GPU, of the size of all that follow."""
     model.train()
-    state = copy.deepcopy(model.state_dict())  # the trials move BatchNorm's running statistics
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # of the trials
+    state = copy.deepcopy(model.state_dict())  # trial runs move BatchNorm's running statistics
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # that of the trial runs
     with torch.autocast("cuda", torch.bfloat16, precision == "bfloat16", cache_enabled=False):
         model = torch.cuda.make_graphed_callables(model, (images,))
     model.load_state_dict(state)
@@ -419,9 +418,9 @@ def train(args, rank):
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
     if recipe.compile:
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
-    elif device.type == "cuda" and parts == 1:  # gradients of several parts would not add up
-        images = torch.zeros(batch_size, *size, 3, dtype=torch.uint8, device=device)
-        wrapped = in_one_launch(model, normalise(images), recipe.precision)
+    elif device.type == "cuda" and parts == 1:  # a graph's gradients do not add up over parts
+        crops = torch.zeros(batch_size, *size, 3, dtype=torch.uint8, device=device)
+        wrapped = with_cuda_graphs(model, normalise(crops), recipe.precision)
 
     # the folder
     if args.resume and not resumed:
