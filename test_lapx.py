@@ -3520,6 +3520,26 @@ def test_own_joints_train_and_are_scored_as_the_readme_says(tmp_path, monkeypatc
         tmp_path)
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])
+def test_the_trial_runs_of_cuda_graphs_leave_no_trace(monkeypatch, precision):
+    model = LAPX(TINY).eval()
+    before = copy.deepcopy(model.state_dict())
+    seen = []
+
+    def trials(module, images):  # stands in for torch's, which needs a GPU
+        seen.append((torch.is_autocast_enabled("cuda"), torch.is_autocast_cache_enabled()))
+        assert module.training
+        module(*images)
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", trials)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # else autocast is off
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert train.with_cuda_graphs(model, torch.rand(2, 3, 64, 64), precision) is model
+    assert seen == [(precision == "bfloat16", False)]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
 def gpu_batch(persons=4):
     """A batch as the loader gives it to a GPU."""
     generator = torch.Generator().manual_seed(0)
