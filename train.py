@@ -172,7 +172,7 @@ def with_cuda_graphs(model, images, precision):
     thirds of the time. images: a batch (B,3,H,W) on the GPU, of the size of all that follow."""
     model.train()
     state = copy.deepcopy(model.state_dict())  # trial runs move BatchNorm's running statistics
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # that of the trial runs
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # is the trial runs'
     with torch.autocast("cuda", torch.bfloat16, precision == "bfloat16", cache_enabled=False):
         model = torch.cuda.make_graphed_callables(model, (images,))
     model.load_state_dict(state)
@@ -419,8 +419,8 @@ def train(args, rank):
     if recipe.compile:
         wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
     elif device.type == "cuda" and parts == 1:  # a graph's gradients do not add up over parts
-        crops = torch.zeros(batch_size, *size, 3, dtype=torch.uint8, device=device)
-        wrapped = with_cuda_graphs(model, normalise(crops), recipe.precision)
+        images = normalise(torch.zeros(batch_size, *size, 3, dtype=torch.uint8, device=device))
+        wrapped = with_cuda_graphs(model, images, recipe.precision)
 
     # the folder
     if args.resume and not resumed:
