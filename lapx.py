@@ -136,8 +136,9 @@ SKELETONS = {
 # ---------------------------------------------------------------------------- attention
 
 # Every part below maps (B,C,h,w) -> the same shape and is made with the number of channels C.
-# Maxima are taken by max, whose gradient goes to the place of the maximum. That of amax goes to all
-# that equals it, which is nothing where torch.compile computes in bfloat16: 0 / 0.
+# Maxima are taken by max, whose gradient goes to one place. amax shares it among all elements that
+# equal the maximum. None do where torch.compile compares them with a maximum that it has rounded to
+# bfloat16, and the shares are 0 / 0. (In export.py, without gradients, amax is right.)
 
 class ECA(nn.Module):
     """Efficient channel attention: a gate for each channel from itself and its six neighbours.

@@ -114,8 +114,8 @@ def epoch_batches(persons, batch_size, seed, epoch, rank=0, world=1):
 def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     """One epoch: load, forward, loss, backward, step. -> mean loss, images/s, share of waiting.
 
-    wrapped: what torch.compile and DistributedDataParallel made of the model, or the model. epoch:
-    from 0. recipe: a Namespace of default_recipe's fields. InputError at a loss that is not finite.
+    wrapped: the model, or what accelerated or DistributedDataParallel made of it. epoch: from 0.
+    recipe: a Namespace of default_recipe's fields. InputError at a loss that is not finite.
     """
     steps = len(loader)
     lr = learning_rate(epoch, recipe.lr, recipe.factor, recipe.milestones)
@@ -165,18 +165,31 @@ def train_epoch(wrapped, model, optimiser, loader, epoch, recipe, device):
     return losses.mean().item() / world, speed, waited / seconds
 
 
-def with_cuda_graphs(model, images, precision):
-    """The model, whose forward and backward passes in training are one CUDA graph each.
+def with_cuda_graphs(model, batch_size, size, precision):
+    """The model for training, whose forward and backward passes are one CUDA graph each.
 
-    A step is 2500 small kernels. Launched one by one by Python they keep a fast GPU busy for two
-    thirds of the time. images: a batch (B,3,H,W) on the GPU, of the size of all that follow."""
-    model.train()
+    A step is 2500 small kernels. Launched one by one by Python they keep a fast GPU busy for three
+    fifths of the time. A graph holds kernels alone: Python code in forward runs only while it is
+    made, and every batch must have this size (height, width)."""
+    device = next(model.parameters()).device
+    images = normalise(torch.zeros(batch_size, *size, 3, dtype=torch.uint8, device=device))
     state = copy.deepcopy(model.state_dict())  # trial runs move BatchNorm's running statistics
-    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")  # is the trial runs'
+    # harmless: gradients' nodes were made on the stream of the trial runs
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
+    wrapped = nn.Sequential(model).train()  # model itself stays as it is
     with torch.autocast("cuda", torch.bfloat16, precision == "bfloat16", cache_enabled=False):
-        model = torch.cuda.make_graphed_callables(model, (images,))
+        wrapped = torch.cuda.make_graphed_callables(wrapped, (images,))
     model.load_state_dict(state)
-    return model
+    return wrapped
+
+
+def accelerated(model, recipe, device, batch_size):
+    """The model as train_epoch is to run it in one process: compiled, or with CUDA graphs."""
+    # not with parts: a gradient is a graph's own memory, which the next part overwrites
+    graphs = device.type == "cuda" and recipe.accumulate == 1
+    if recipe.compile:
+        return torch.compile(model, mode="reduce-overhead" if graphs else None)
+    return with_cuda_graphs(model, batch_size, recipe.input, recipe.precision) if graphs else model
 
 
 # ---------------------------------------------------------------------------- recipe and checkpoint
@@ -410,17 +423,13 @@ def train(args, rank):
         missing = load_fitting(model, recipe.init)
         print(f"weights from {recipe.init}; afresh: {', '.join(missing[:12]) or 'none'}"
               f"{', ...' * (len(missing) > 12)}")
-    wrapped = model  # wrapped trains, model is saved, network predicts
-    if world > 1:
+    if world > 1:  # wrapped trains, model is saved, network predicts
         agree(vars(recipe) | {"data": "", "persons": len(people), "epochs done": len(history),
                               "last loss": history[-1]["loss"] if history else 0})
         warnings.filterwarnings("ignore", "Grad strides do not match")  # alpha's, 208 numbers
-        wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    if recipe.compile:
-        wrapped = torch.compile(wrapped, mode="reduce-overhead" if device.type == "cuda" else None)
-    elif device.type == "cuda" and parts == 1:  # a graph's gradients do not add up over parts
-        images = normalise(torch.zeros(batch_size, *size, 3, dtype=torch.uint8, device=device))
-        wrapped = with_cuda_graphs(model, images, recipe.precision)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        wrapped = accelerated(model, recipe, device, batch_size)
 
     # the folder
     if args.resume and not resumed:
@@ -558,7 +567,7 @@ def parse():
         help="float32: TF32 is off; tf32: PyTorch's own setting; bfloat16: autocast; auto: tf32 on "
         "CUDA, bfloat16 on CPUs that compute in it")
     add("--compile", action="store_true", default=None, help="torch.compile: minutes to start, "
-        "then faster steps; CUDA graphs on a GPU")
+        "then faster steps, of fewer kernels")
     add("--accumulate", type=data.number_from(1), metavar="N",
         help="each batch in N parts, for want of memory; BatchNorm sees a part alone")
     add("--seed", type=data.number_from(0), help="of everything random")
