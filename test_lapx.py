@@ -13,7 +13,7 @@ import os
 # for the tests and the processes that they start; torch reads the first when it is loaded
 os.environ["OMP_NUM_THREADS"] = "1"  # many threads beside other programs wait for one another
 os.environ["PYTHONUTF8"] = "1"
-if "LAPX_GPU" not in os.environ:  # tests fork, and no process can once it has learnt beside a GPU
+if "LAPX_GPU" not in os.environ:  # tests fork, which a process that trains can't if it sees a GPU
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import argparse

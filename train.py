@@ -423,7 +423,8 @@ def train(args, rank):
         missing = load_fitting(model, recipe.init)
         print(f"weights from {recipe.init}; afresh: {', '.join(missing[:12]) or 'none'}"
               f"{', ...' * (len(missing) > 12)}")
-    if world > 1:  # wrapped trains, model is saved, network predicts
+    # wrapped trains, model is saved, network predicts
+    if world > 1:
         agree(vars(recipe) | {"data": "", "persons": len(people), "epochs done": len(history),
                               "last loss": history[-1]["loss"] if history else 0})
         warnings.filterwarnings("ignore", "Grad strides do not match")  # alpha's, 208 numbers
