@@ -1,32 +1,35 @@
-"""People and their pictures: crops, targets, readers for MPII and COCO, drawings.
+"""People and their pictures: crops, augmentation, targets; readers for MPII and COCO, drawings.
 
-The protocol is that of SimpleBaseline and HRNet, whose numbers are published.
-Every random choice is a function of (seed, epoch, person), so that a run can be
-repeated and resumed exactly, whatever the number of loader processes.
+The protocol is that of SimpleBaseline and HRNet, whose numbers are published. Every random choice
+is a function of (seed, epoch, person), so that a run can be repeated and resumed exactly, whatever
+the number of loader processes.
 
-Coordinates, everywhere: x to the right, y down, in pixels, counted from 0; whole
-numbers are the centres of pixels. A person's box is (center, scale): center is
-its middle in pixels of the picture, scale its width / 200, a quarter of margin
-included. Sizes are (height, width), as in torch."""
+Coordinates, everywhere: x to the right, y down, in pixels, counted from 0; whole numbers are the
+centres of pixels. A person's box is (x, y, width, height): its center and its size in pixels of the
+picture, a quarter of margin included (COCO's bbox has the top left corner instead, and no margin).
+Sizes are (height, width), as in torch; only those of Pillow pictures and of boxes are (width,
+height). A crop is what the network sees of a picture: one person.
+"""
 
 import argparse
 import csv
 import ctypes
 import functools
-import io
 import itertools
 import json
 import math
 import os
 import re
-import secrets
+import shutil
 import sys
 import time
 import unicodedata
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 # Torch's threads sleep while they wait, in place of spinning: beside another busy program a network
 # then trains 1.7 times as fast on a CPU; on a quiet machine it trains up to 7 % more slowly. OpenMP
@@ -37,42 +40,50 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lapx import MEAN, SKELETONS, STD, STRIDE, InputError, heatmap_size, reading
+from lapx import MEAN, SKELETONS, STD, STRIDE, InputError
 
 
 # ---------------------------------------------------------------------------- geometry
 
-def affine(center, scale, size, rotation=0.0, flip=False):
-    """The affine transform used everywhere, from a picture to the crop of a box: a 3x3 matrix M
-    with (u, v, 1) = M (x, y, 1). Its inverse leads back: np.linalg.inv(M).
+def affine(box, size, rotation=0.0, flip=False):
+    """The affine transform used everywhere, from a picture to the crop of a box: a 3x3 matrix, with
+    (u, v, 1) = matrix (x, y, 1). Its inverse leads back: np.linalg.inv(matrix).
 
-    center, scale: the box. size: (height, width) of the crop. rotation: degrees; positive turns the
-    box clockwise, so the person in the crop counter-clockwise. flip: mirrored left to right. The
-    box's center comes to (width/2, height/2), half a pixel right of and below the crop's middle,
-    and its width fills the crop's width; the same factor holds for y (SimpleBaseline's protocol:
-    the box's height is never looked at)."""
+    The box, widened to the crop's shape, fills the crop. size: (height, width) of the crop.
+    rotation: degrees; positive turns the person in the crop counter-clockwise. flip: mirrored left
+    to right, about the box's center. That comes to (width/2, height/2), half a pixel right of and
+    below the crop's middle (SimpleBaseline's protocol)."""
     height, width = size
     cos = math.cos(math.radians(rotation))
     sin = math.sin(math.radians(rotation))
+    zoom = width / fitted_width(box, size)
     matrix = np.eye(3)
-    matrix[:2, :2] = width / (200.0 * scale) * np.array([[cos, sin], [-sin, cos]])
-    if flip:  # mirrored about the center: the same crop as that of the mirrored picture
+    matrix[:2, :2] = zoom * np.array([[cos, sin], [-sin, cos]])
+    if flip:  # the picture is mirrored first, then turned
         matrix[:, 0] *= -1
-    matrix[:2, 2] = np.array([width / 2, height / 2]) - matrix[:2, :2] @ center
+    matrix[:2, 2] = np.array([width / 2, height / 2]) - matrix[:2, :2] @ box[:2]
     return matrix
+
+
+def fitted_width(boxes, size):
+    """The widths (...) of boxes (...,4), widened to the shape of a crop, size (height, width)."""
+    height, width = size
+    return np.maximum(boxes[..., 2], boxes[..., 3] * width / height)
 
 
 def transform(points, matrix):
     """Points (...,K,2) through a 3x3 matrix, or points (N,K,2) through N of them (N,3,3)."""
-    return np.einsum("...kj,...ij->...ki", points, matrix[..., :2, :2]) + matrix[..., None, :2, 2]
+    turned = points @ np.swapaxes(matrix[..., :2, :2], -1, -2)
+    return turned + matrix[..., None, :2, 2]  # the last column moves them
 
 
 def crop(picture, matrix, size):
     """The crop (height, width) of a Pillow picture: (H,W,3) uint8. Bilinear, black outside.
 
-    matrix: from the picture to the crop. The published numbers used OpenCV's warpAffine, which
-    blends the picture's edge into the black outside. Pillow does so with a black ring of one pixel
-    around the picture. Pillow truncates grey levels, OpenCV rounds them."""
+    matrix: from the picture to the crop. The published numbers used OpenCV's warpAffine: half a
+    pixel outside the picture it still sees half of the edge's colour, while Pillow sees black. With
+    a black ring of one pixel around the picture Pillow does the same. Pillow truncates grey levels,
+    OpenCV rounds them."""
     height, width = size
     inverse = np.linalg.inv(matrix)[:2]
     inverse[:, 2] += 1  # the ring
@@ -84,20 +95,20 @@ def crop(picture, matrix, size):
 
 # ---------------------------------------------------------------------------- a sample
 
-def draw_augmentation(rng, scale, rotation):
-    """-> a factor for the box's size, from 1 - scale to 1 + scale; degrees, at most rotation either
-    way; whether to mirror. PAPER, training details."""
-    # PAPER SILENT: distribution of the scale. SimpleBaseline's normal one, cut at one sigma, with
-    # its 0.25 for MPII and 0.30 for COCO.
-    factor = 1 + scale * np.clip(rng.standard_normal(), -1, 1)
+def draw_augmentation(rng, scale_range, rotation_range):
+    """-> a factor for the box's size, from 1 - scale_range to 1 + scale_range; degrees, at most
+    rotation_range either way; whether to mirror. PAPER §4.1."""
+    # PAPER SILENT: distribution of the scale. SimpleBaseline's normal one, clipped at one sigma,
+    # with its 0.25 for MPII and 0.30 for COCO.
+    scale = 1 + scale_range * np.clip(rng.standard_normal(), -1, 1)
     # PAPER SILENT: distribution of the rotation. Uniform within the paper's 40 degrees, for every
-    # sample: 23 degrees rms. SimpleBaseline's code with a factor of 40: normal, sigma 40, cut at
-    # 80, in 60 % of the samples: 30 degrees rms.
-    degrees = rng.uniform(-rotation, rotation)
+    # sample, which is 23 degrees rms. SimpleBaseline's code, given 40, turns 60 % of the samples by
+    # a normal angle of sigma 40, clipped at 80, which is 30 degrees rms.
+    rotation = rng.uniform(-rotation_range, rotation_range)
     flip = rng.random() < 0.5  # PAPER SILENT: share of mirrored samples. Half of them.
     # PAPER SILENT: other augmentation. None: no half bodies (HRNet's for COCO), no shift, no
     # change of colours.
-    return factor, degrees, flip
+    return scale, rotation, flip
 
 
 def flip_order(skeleton):
@@ -109,19 +120,20 @@ def flip_order(skeleton):
 
 
 class PoseDataset(torch.utils.data.Dataset):
-    """Crops of People (below). dataset[epoch, row] varies with the seed, epoch and row alone;
-    dataset[row] is epoch 0. augmentation: (scale, rotation), or None.
+    """Crops of People, arrays with a row for each person (below). dataset[epoch, row] is the same
+    whenever seed, epoch and row are; dataset[row] is that of epoch 0. augmentation: (scale_range,
+    rotation_range), or None.
 
-    -> row, crop (H,W,3) uint8, joints (K,2) float32 in pixels of the crop, visible (K,) float32."""
+    -> row, crop (H,W,3) uint8, joints (K,2) float32 in pixels of the crop, annotated (K,) float32.
+    """
 
     def __init__(self, people, size, skeleton, augmentation=None, seed=0):
         self.people = people
         self.size = size
+        self.skeleton = skeleton
         self.augmentation = augmentation
         self.seed = seed
-        self.mirrored = flip_order(skeleton)
-        self.flips = len(skeleton.flip_pairs) > 0
-        self.opened = None, None  # the last picture: its id and itself, for others who are in it
+        self.opened_id = None  # of the last picture: in evaluation others who are in it follow
 
     def __len__(self):
         return len(self.people)
@@ -129,23 +141,124 @@ class PoseDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         epoch, row = index if isinstance(index, tuple) else (0, index)
         people = self.people
-        factor = 1.0
-        degrees = 0.0
+        box = people.box[row].copy()
+        rotation = 0.0
         flip = False
         if self.augmentation:
-            rng = np.random.default_rng((self.seed, epoch, row, 1))  # 1: not epoch_batches'
-            factor, degrees, flip = draw_augmentation(rng, *self.augmentation)
-            flip = flip and self.flips
-        matrix = affine(people.center[row], people.scale[row] * factor, self.size, degrees, flip)
-        if self.opened[0] != people.image_id[row]:
-            self.opened = people.image_id[row], people.picture(row)
-        image = crop(self.opened[1], matrix, self.size)
+            # numpy pads seeds with zeros, so (0, 3), with which train.EpochBatches shuffles an
+            # epoch, would be the stream of (0, 3, 0): the 1 makes it another one
+            rng = np.random.default_rng((self.seed, epoch, row, 1))
+            scale, rotation, flip = draw_augmentation(rng, *self.augmentation)
+            box[2:] *= scale
+            flip = flip and len(self.skeleton.flip_pairs) > 0
+        matrix = affine(box, self.size, rotation, flip)
+        if self.opened_id != people.image_id[row]:
+            self.opened = people.picture(row)
+            self.opened_id = people.image_id[row]
+        cropped = crop(self.opened, matrix, self.size)
         joints = transform(people.joints[row], matrix).astype(np.float32)
-        visible = people.visible[row].astype(np.float32)
+        annotated = people.annotated[row].astype(np.float32)
         if flip:
-            joints = joints[self.mirrored]
-            visible = visible[self.mirrored]
-        return row, torch.from_numpy(image), torch.from_numpy(joints), torch.from_numpy(visible)
+            order = flip_order(self.skeleton)
+            joints = joints[order]
+            annotated = annotated[order]
+        return row, torch.from_numpy(cropped), torch.from_numpy(joints), torch.from_numpy(annotated)
+
+
+def normalise(images, bgr=False, mean=MEAN, std=STD):
+    """Crops (B,H,W,3) uint8 RGB, on any device -> the network's input (B,3,H,W) float32.
+
+    (x / 255 - mean) / std of each channel. bgr: the channels in the order blue, green, red, with
+    the same numbers."""
+    images = images.flip(3) if bgr else images  # the colours, not the picture
+    # constant: a tensor that is made once, as a copy to a GPU would make each step wait
+    images = (images / 255 - constant(mean, images.device)) / constant(std, images.device)
+    images = images.permute(0, 3, 1, 2)
+    return images.contiguous(memory_format=memory_format(images.device))
+
+
+def gaussian_targets(joints, annotated, size):
+    """Heatmaps to learn: joints (B,K,2) in pixels of an input of size (H,W), annotated (B,K) ->
+    targets (B,K,h,w), mask (B,K), on the joints' device.
+
+    A Gaussian of height 1 around the heatmap pixel nearest to the joint, cut off at 3 sigma. The
+    mask is 1 for joints to learn, else 0. Rounding and the test of the border are those of
+    SimpleBaseline to the last pixel: rounded towards 0, and on the left and at the top a Gaussian
+    that ends just outside still counts, so that its joint is learnt as an empty map."""
+    # PAPER SILENT: width of the targets. SimpleBaseline's 2 heatmap pixels, 3 above 256 (384x288).
+    # A narrow one is hard to find for the network, a wide one has no clear peak.
+    sigma = 3 if max(size) > 256 else 2
+    h, w = heatmap_size(*size)
+    radius = 3 * sigma
+    centers = (joints / STRIDE + 0.5).trunc()  # (B,K,2) heatmap pixels
+    limits = constant((w, h), joints.device)
+    # DIFFERS: joints outside the crop. The paper masks them; the published protocol, which we
+    # follow, masks those whose Gaussian ends outside, by more than a pixel on the left or top.
+    on_map = ((centers - radius < limits) & (centers + radius + 1 >= 0)).all(2)  # (B,K)
+    # DIFFERS: occluded joints. The paper masks "invisible" joints; as in the published protocol we
+    # mask those that nobody annotated, and learn those that are annotated but occluded.
+    mask = annotated * on_map
+    x = torch.arange(w, device=joints.device) - centers[..., 0, None, None]  # (B,K,1,w)
+    y = torch.arange(h, device=joints.device)[:, None] - centers[..., 1, None, None]  # (B,K,h,1)
+    drawn = (x.abs() <= radius) & (y.abs() <= radius) & (mask > 0.5)[..., None, None]
+    return torch.exp(-(x ** 2 + y ** 2) / (2 * sigma ** 2)) * drawn, mask
+
+
+def heatmap_size(height, width):
+    """The size (h, w) of the heatmaps for an input of that size: H/4 and W/4, if they are multiples
+    of 4. The stem's convolution halves and rounds up, its pooling halves and rounds down."""
+    return (height + 1) // 2 // 2, (width + 1) // 2 // 2
+
+
+# ================================================= Behind the scenes: data sets, pictures, scripts
+
+@dataclass
+class People:
+    """The N persons of a split: arrays with a row for each, which loader processes share (Python
+    objects would be copied into each process, as counting references writes to them)."""
+
+    folder: Path  # of the pictures
+    files: np.ndarray  # (N,) text, the picture's file below the folder
+    image_id: np.ndarray  # (N,) int64
+    box: np.ndarray  # (N,4) center x, y, width, height, in pixels of the picture, margin included
+    joints: np.ndarray  # (N,K,2) pixels of the picture
+    annotated: np.ndarray  # (N,K) bool, even if occluded
+    box_score: np.ndarray  # (N,) of the detected box; 1 for annotated ones
+    head_size: np.ndarray | None = None  # (N,) pixels, what PCKh measures with
+    head_source: str = ""  # what the head sizes are, in words
+    truth: "CocoFile | None" = None  # what average precision compares with
+    category_id: np.ndarray | None = None  # (N,) int64
+    picture_size: np.ndarray | None = None  # (N,2) width, height as annotated; 0 if they are not
+    loaded: Image.Image | None = None  # the one picture that all are in, instead of files
+    unscored: str = ""  # why they can't be scored, in words
+
+    def __len__(self):
+        return len(self.files)
+
+    def rows(self, which):
+        """The People of some rows (a slice or indices)."""
+        return replace(self, **{name: value[which] for name, value in vars(self).items()
+                                if isinstance(value, np.ndarray)})
+
+    def picture(self, row):
+        """The picture that a person is in, a Pillow picture in RGB."""
+        if self.loaded:
+            return self.loaded
+        size = (0, 0) if self.picture_size is None else tuple(self.picture_size[row].tolist())
+        return open_picture(self.folder / self.files[row], size=size)
+
+
+def load_people(dataset, root, split, skeleton, boxes="gt"):
+    """The People of a split, or of a detector's boxes in it (a file; COCO only); their number is
+    printed. root: the data set's folder, None for data/DATASET. InputError if a picture is missing;
+    a broken one, or one that was not annotated, shows when it is opened, five of them here."""
+    people = DATASETS[dataset].read(Path(root or f"data/{dataset}"), split, skeleton, boxes)
+    names, which = np.unique(people.files, return_inverse=True)
+    print(f"{dataset} {split}: {len(people)} persons in {len(names)} pictures", flush=True)
+    people.files = np.array(find_pictures(people.folder, names.tolist()))[which]
+    for row in np.linspace(0, len(people) - 1, 5).astype(int):
+        people.picture(row)
+    return people
 
 
 def make_loader(dataset, batches, workers, pin_memory=False):
@@ -158,7 +271,7 @@ def make_loader(dataset, batches, workers, pin_memory=False):
 
 @functools.lru_cache
 def constant(values, device):
-    """A tuple of numbers as a tensor, made once: each copy to a GPU would make a step wait."""
+    """A tuple of numbers as a tensor, made once."""
     return torch.tensor(values, device=device)
 
 
@@ -168,137 +281,61 @@ def memory_format(device):
     return torch.channels_last if device.type in ("cpu", "cuda") else torch.contiguous_format
 
 
-def normalise(images, bgr=False, mean=MEAN, std=STD):
-    """Crops (B,H,W,3) uint8 RGB, on any device -> the network's input (B,3,H,W) float32.
+# ---------------------------------------------------------------------------- MPII
 
-    (x / 255 - mean) / std of each channel. bgr: the channels in the order blue, green, red, with
-    the same numbers."""
-    images = images.flip(3) if bgr else images
-    images = (images / 255 - constant(mean, images.device)) / constant(std, images.device)
-    images = images.permute(0, 3, 1, 2)
-    return images.contiguous(memory_format=memory_format(images.device))
+PADDING = 1.25  # the boxes of both data sets are enlarged by this
 
 
-def gaussian_targets(joints, visible, size):
-    """Heatmaps to learn: joints (B,K,2) in pixels of an input of size (H,W), visible (B,K) ->
-    targets (B,K,h,w), weights (B,K), on the joints' device.
+def read_mpii(root, split, skeleton=SKELETONS["mpii"], *unused):
+    """The People of MPII's annot/{split}.json. Splits: train, valid, trainval, test (no joints).
 
-    A Gaussian of height 1 around the heatmap pixel nearest to the joint, cut off at 3 sigma. The
-    weight is 1 for joints to learn, else 0. Rounding and the test of the border are those of
-    SimpleBaseline to the last pixel: rounded towards 0, and on the left and at the top a Gaussian
-    that ends just outside still counts."""
-    # PAPER SILENT: width of the targets. SimpleBaseline's 2 heatmap pixels, 3 at 384x288.
-    sigma = 3 if max(size) > 256 else 2
-    h, w = heatmap_size(*size)
-    radius = 3 * sigma
-    centers = (joints / STRIDE + 0.5).trunc()  # (B,K,2) heatmap pixels
-    limits = constant((w, h), joints.device)
-    # DIFFERS: joints outside the crop. The paper masks them; the published protocol, which we
-    # follow, masks those that are more than 3 sigma outside.
-    on_map = ((centers - radius < limits) & (centers + radius + 1 >= 0)).all(2)  # (B,K)
-    # DIFFERS: occluded joints. The paper masks "invisible" joints; as in the published protocol we
-    # mask those that nobody annotated, and learn those that are annotated but occluded.
-    weights = visible * on_map
-    x = torch.arange(w, device=joints.device) - centers[..., 0, None, None]  # (B,K,1,w)
-    y = torch.arange(h, device=joints.device)[:, None] - centers[..., 1, None, None]  # (B,K,h,1)
-    drawn = (x.abs() <= radius) & (y.abs() <= radius) & (weights > 0.5)[..., None, None]
-    return torch.exp(-(x ** 2 + y ** 2) / (2 * sigma ** 2)) * drawn, weights
-
-
-# ---------------------------------------------------------------------------- people and readers
-
-@dataclass
-class People:
-    """The N persons of a split: arrays with a row for each, which loader processes share.
-
-    A hundred thousand small Python objects would be copied into every process page by page, as
-    counting references writes to them; an array is not written to."""
-
-    source: object  # of the pictures: their folder, the seed of synthetic people, or one picture
-    files: np.ndarray  # (N,) text, the picture's file below the folder
-    image_id: np.ndarray  # (N,) int64
-    center: np.ndarray  # (N,2) pixels of the picture
-    scale: np.ndarray  # (N,) width of the padded box / 200
-    joints: np.ndarray  # (N,K,2) pixels of the picture
-    visible: np.ndarray  # (N,K) bool: annotated, even if occluded
-    score: np.ndarray  # (N,) of the detected box; 1 for annotated ones
-    head_size: np.ndarray | None = None  # (N,) pixels, what PCKh measures with
-    head_source: str = ""  # what the head sizes are, in words
-    truth: "CocoFile | None" = None  # what average precision compares with
-    category_id: np.ndarray | None = None  # (N,) int64
-    picture_size: np.ndarray | None = None  # (N,2) width, height as annotated; 0 if they are not
-
-    def __len__(self):
-        return len(self.files)
-
-    def rows(self, which):
-        """The People of some rows (a slice or indices)."""
-        return replace(self, **{name: value[which] for name, value in vars(self).items()
-                                if isinstance(value, np.ndarray)})
-
-    def in_first_pictures(self, count):
-        """The People in the first `count` pictures."""
-        pictures = list(dict.fromkeys(self.image_id.tolist()))[:count]
-        people = self.rows(np.isin(self.image_id, pictures))
-        if self.truth:  # average precision ignores the persons of other pictures
-            kept = np.isin(self.truth.images["id"], pictures)
-            images = {name: values[kept] for name, values in self.truth.images.items()}
-            people.truth = replace(self.truth, images=images)
-        return people
-
-    def picture(self, row):
-        """The picture that a person is in, a Pillow picture in RGB."""
-        if isinstance(self.source, Image.Image):
-            return self.source
-        if isinstance(self.source, int):
-            return synthetic_picture(self.source, int(self.image_id[row]))
-        size = (0, 0) if self.picture_size is None else tuple(self.picture_size[row].tolist())
-        return open_picture(self.source / self.files[row], size=size)
-
-
-def read_columns(path, name, entries, shapes, lowest={}, missing={}):
-    """A list of dictionaries, parsed from a file -> {field: array (N, *shape), float64}.
-
-    shapes: {field: shape of its value}. lowest: {field: smallest value}. missing: {field: number
-    for what is absent, null, empty or NaN}. Coordinates of joints that are not annotated do not
-    matter and are replaced. InputError with the file and the entry, which is a `name`, where a
-    field is absent, has another number of values, or has one that is not a number up to 1e10; ids
-    are whole numbers below 2^53, which float64 holds."""
-    columns = {}
-    hint = " (--skeleton names joints of one's own)" * ("keypoints" in shapes)
-    with reading(path, f"a list, of which each {name} has {', '.join(shapes)}{hint}") as where:
-        for field, shape in shapes.items():
-            values = []
-            for row, entry in enumerate(entries):
-                where.entry = f"{name} {row}, counted from 0"
-                value = entry.get(field) if field in missing else entry[field]
-                if field in missing and value in (None, []):
-                    value = np.full(shape, missing[field]).tolist()
-                if shape and len(value) != shape[0]:
-                    raise ValueError(f"{field} has {len(value)} values, not {shape[0]}")
-                values.append(value)
-            where.entry = field
-            column = np.array(values, np.float64).reshape(len(values), *shape)
-            if field == "joints":
-                column[columns["joints_vis"] <= 0] = -1
-            elif field == "keypoints" and field in missing:  # x, y, flag of each joint of people
-                column[~(column[:, 2::3] > 0).repeat(3, axis=1)] = 0
-            elif field in missing:
-                unknown = np.isnan(column)
-                column[unknown.any(1) if shape else unknown] = missing[field]
-            if field in ("id", "image_id"):  # COCO numbers its crowds like 900100087038
-                good = (abs(column) < 2 ** 53) & (column % 1 == 0)
-                wanted = "a whole number below 2^53"
-            else:
-                low = lowest.get(field, -1e10)
-                good = (column >= low) & (column <= 1e10)
-                wanted = f"from {low:g} to 1e10"
-            bad = np.argwhere(~good)  # NaN, too
-            if len(bad):
-                where.entry = f"{name} {bad[0, 0]}, counted from 0"
-                raise ValueError(f"{field} is {column[tuple(bad[0])]:.17g}, not {wanted}")
-            columns[field] = column
-    return columns
+    Pixels are counted from 1 there, and scale is the body's height / 200, since MPII's reference
+    person is 200 pixels high. The adjustments are SimpleBaseline's: the center goes down by 15 *
+    scale (the annotated one is the torso's, too high for the whole person), the box is a square,
+    padded, and pixels count from 0. Where gt_{split}.mat lies beside the JSON, joints and head
+    sizes are taken from there, as in the published evaluation."""
+    if len(skeleton.joints) != 16:
+        raise InputError(f"{root} has MPII's 16 joints, not {len(skeleton.joints)}; joints of your "
+                         "own go into COCO's layout, for --dataset coco")
+    other = split.replace("valid", "val")  # HRNet's names, then mmpose's
+    path = find_file(root, split, f"annot/{split}.json", f"annotations/mpii_{other}.json")
+    entries = read_json(path)
+    with reading(path, "a list of persons, each with image"):
+        expect(entries, list)
+        if not {"joints", "joints_vis"} & set(entries[0]):  # the test split
+            nothing = {"joints": [[0, 0]] * 16, "joints_vis": [0] * 16}
+            entries = [nothing | entry for entry in entries]
+        files = np.array([entry["image"] for entry in entries], str)
+    N = len(files)
+    persons = read_columns(path, "person", entries, {
+        "center": (2,), "scale": (), "joints_vis": (16,), "joints": (16, 2)})
+    annotated = persons["joints_vis"] > 0
+    persons["joints"][~annotated] = -1  # whatever stands there does not matter
+    check_columns(path, "person", persons, {"scale": 1e-3})
+    center = persons["center"]
+    scale = persons["scale"]
+    boxed = center[:, 0] != -1  # else there is no center
+    center[:, 1] += np.where(boxed, 15 * scale, 0)
+    side = 200 * np.where(boxed, PADDING, 1) * scale
+    people = People(
+        folder=root / "images", files=files, image_id=np.unique(files, return_inverse=True)[1],
+        box=np.column_stack([center - 1, side, side]), joints=persons["joints"] - 1,
+        annotated=annotated, box_score=np.ones(N),
+        head_size=25 * scale,  # MPII's scale was made so, to within 1e-4 pixels
+        head_source="25 * scale of the JSON")
+    for mat in (path.with_name(f"gt_{split}.mat"), path.with_name(f"mpii_gt_{other}.mat")):
+        if mat.is_file():
+            arrays = read_mat(mat, {"pos_gt_src": (16, 2, N), "jnt_missing": (16, N),
+                                    "headboxes_src": (2, 2, N)})
+            corners = arrays["headboxes_src"]  # (2 corners, x y, N)
+            people.joints = arrays["pos_gt_src"].transpose(2, 0, 1) - 1
+            people.annotated = arrays["jnt_missing"].T == 0
+            people.head_size = 0.6 * np.linalg.norm(corners[1] - corners[0], axis=0)
+            people.head_source = f"0.6 * head box diagonal in {mat.name}"
+            if not people.head_size.all():
+                raise InputError(f"{mat}: the head box of person {people.head_size.argmin()} is "
+                                 "empty; fetch the file again, or leave it out")
+    return people
 
 
 def read_mat(path, shapes):
@@ -312,68 +349,19 @@ def read_mat(path, shapes):
         for key, shape in shapes.items():
             where.entry = key
             arrays[key] = np.array(content[key], np.float64)
-            if arrays[key].shape != shape:
-                raise ValueError(f"its shape is {arrays[key].shape}, not {shape}")
-            if not np.isfinite(arrays[key]).all():
-                raise ValueError("it has NaN or infinite numbers")
+            if arrays[key].shape != shape or not np.isfinite(arrays[key]).all():
+                raise ValueError(f"its shape is {arrays[key].shape}, not {shape}, or it has NaN")
     return arrays
 
 
-PADDING = 1.25  # the boxes of both data sets are enlarged by this
-
-
-def read_mpii(root, split, *unused):
-    """The People of MPII's annot/{split}.json. Splits: train, valid, trainval, test (no joints).
-
-    Pixels are counted from 1 there, and scale is the body's height / 200, since MPII's reference
-    person is 200 pixels high. The adjustments are SimpleBaseline's: the center goes down by 15 *
-    scale (the annotated one is the torso's, too high for the whole person), the box is padded,
-    pixels count from 0. Where gt_{split}.mat lies beside the JSON, joints and head sizes are taken
-    from there, as in the published evaluation."""
-    other = split.replace("valid", "val")  # HRNet's names, then mmpose's
-    path = find_file(root, "mpii", split, f"annot/{split}.json", f"annotations/mpii_{other}.json")
-    entries = read_json(path)
-    with reading(path, "a list of persons, each with image"):
-        expect(entries, list)
-        if not {"joints", "joints_vis"} & set(entries[0]):  # the test split
-            nothing = {"joints": [[0, 0]] * 16, "joints_vis": [0] * 16}
-            entries = [nothing | entry for entry in entries]
-        files = np.array([entry["image"] for entry in entries], str)
-    N = len(files)
-    persons = read_columns(
-        path, "person", entries,
-        {"center": (2,), "scale": (), "joints_vis": (16,), "joints": (16, 2)}, {"scale": 1e-3})
-    center = persons["center"]
-    scale = persons["scale"]
-    boxed = center[:, 0] != -1  # else there is no center
-    center[:, 1] += np.where(boxed, 15 * scale, 0)
-    _, image_id = np.unique(files, return_inverse=True)
-    people = People(
-        source=Path(root) / "images", files=files, image_id=image_id, center=center - 1,
-        scale=np.where(boxed, PADDING, 1) * scale, joints=persons["joints"] - 1,
-        visible=persons["joints_vis"] > 0, score=np.ones(N),
-        head_size=25 * scale,  # MPII's scale was made so, to within 1e-4 pixels
-        head_source="25 * scale of the JSON")
-    for mat in (path.with_name(f"gt_{split}.mat"), path.with_name(f"mpii_gt_{other}.mat")):
-        if mat.is_file():
-            arrays = read_mat(mat, {"pos_gt_src": (16, 2, N), "jnt_missing": (16, N),
-                                    "headboxes_src": (2, 2, N)})
-            corners = arrays["headboxes_src"]  # (2 corners, x y, N)
-            people.joints = arrays["pos_gt_src"].transpose(2, 0, 1) - 1
-            people.visible = arrays["jnt_missing"].T == 0
-            people.head_size = 0.6 * np.linalg.norm(corners[1] - corners[0], axis=0)
-            people.head_source = f"0.6 * head box diagonal in {mat.name}"
-            if not people.head_size.all():
-                raise InputError(f"{mat}: the head box of person {people.head_size.argmin()} (from "
-                                 "0) is empty; fetch the file again, or leave it out")
-    return people
-
+# ---------------------------------------------------------------------------- COCO
 
 @dataclass
 class CocoFile:
     """COCO's annotation file: I pictures and the M persons in them."""
 
     path: Path
+    sigmas: np.ndarray  # (K,) of the joints
     categories: list  # the ids of those that are read
     files: np.ndarray  # (I,) text
     images: dict  # of arrays (I,): id, width, height; 0 where a size is not known
@@ -403,38 +391,34 @@ def read_coco_file(path, skeleton):
         category[np.isnan(category)] = -1
         categories = read_categories(path, content, category.tolist(), skeleton)
     of_use = np.isin(category, categories)
-    unsized = {"width": 0, "height": 0}
     images = read_columns(path, "picture", pictures, {"id": (), "width": (), "height": ()},
-                          lowest=unsized, missing=unsized)
+                          {"width": 0, "height": 0})
+    check_columns(path, "picture", images, {"width": 0, "height": 0})
     persons = read_columns(
         path, "person", list(itertools.compress(content["annotations"], of_use)),
         {"id": (), "image_id": (), "bbox": (4,), "area": (), "iscrowd": (), "num_keypoints": (),
          "keypoints": (3 * K,)},
-        missing={"id": 0, "bbox": -1, "area": -1, "iscrowd": 0, "num_keypoints": -1,
-                 "keypoints": 0})
+        {"id": 0, "bbox": -1, "area": -1, "iscrowd": 0, "num_keypoints": -1, "keypoints": 0})
     keypoints = persons["keypoints"].reshape(-1, K, 3)  # x, y, flag
+    keypoints[~(keypoints[..., 2] > 0)] = 0  # whatever stands there does not matter
+    persons["keypoints"] = keypoints
+    check_columns(path, "person", persons)
     count = persons["num_keypoints"]
-    count = np.where(count < 0, (keypoints[..., 2] > 0).sum(1), count)
-    persons |= {"keypoints": keypoints, "num_keypoints": count, "category_id": category[of_use]}
+    persons["num_keypoints"] = np.where(count < 0, (keypoints[..., 2] > 0).sum(1), count)
+    persons["category_id"] = category[of_use]
     _, first, place = np.unique(images["id"], return_index=True, return_inverse=True)
     for twin in np.flatnonzero(files != files[first[place]]):
         raise InputError(f"{path} gives two pictures the id {images['id'][twin]:.0f}: "
                          f"{files[first[place[twin]]]} and {files[twin]}; number them anew")
     first.sort()  # a picture may be listed twice
     images = {name: column[first] for name, column in images.items()}
-    return CocoFile(Path(path), categories, files[first], images, persons)
-
-
-def tidy(names):
-    """Names of joints in one way of writing; whether they are but numbered, as "kp1" and "kp2"."""
-    names = [re.sub(r"[\W_]+", " ", str(name).lower()).strip() for name in names]
-    bare = {re.sub(r"\d+", "", name) for name in names}
-    return names, len(bare) == 1 and bare != {*names}
+    return CocoFile(Path(path), np.array(skeleton.sigmas), categories, files[first], images,
+                    persons)
 
 
 def read_categories(path, content, category, skeleton):
-    """The ids of the categories of a COCO file, parsed, that have the skeleton's joints, where none
-    names joints of those whose annotations have some. category: of all annotations; how many each
+    """The ids of the categories of a COCO file, parsed, that have the skeleton's joints; if none
+    names joints, of those whose annotations have some. category: of all annotations; how many each
     has is printed. InputError if joints are named, but nowhere the skeleton's, in their order."""
     own, numbered = tidy(skeleton.joints)
     joints = {float(item["id"]): tidy(expect(item["keypoints"], list))
@@ -452,24 +436,30 @@ def read_categories(path, content, category, skeleton):
                          f"{ours!r}; choose another --skeleton, or put an entry with the file's "
                          "joints, in their order, into SKELETONS in lapx.py")
     names = {float(item["id"]): item.get("name", item["id"]) for item in content["categories"]}
-    counts = [f"{count} of {names.get(id, f'{id:g}')}" + ", left out" * (id not in chosen)
+    counts = [f"{count} of {names.get(id, f'{id:g}')}{'' if id in chosen else ', left out'}"
               for id, count in Counter(category).items()]
     print(f"{path}: annotations by category: {'; '.join(counts) or 'none'}")
     return chosen
 
 
-def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"], boxes="gt"):
+def tidy(names):
+    """Names of joints in one way of writing; whether they are but numbered, as "kp1" and "kp2"."""
+    names = [re.sub(r"[\W_]+", " ", str(name).lower()).strip() for name in names]
+    bare = {re.sub(r"\d+", "", name) for name in names}
+    return names, len(bare) == 1 and bare != {*names}
+
+
+def read_coco(root, split, skeleton=SKELETONS["coco"], boxes="gt"):
     """The People of COCO's annotations/person_keypoints_{split}.json with a labelled joint; or, of
     a detector's boxes (a file) in these pictures, without joints, in the file's order.
 
-    size: (height, width) of the crops, whose shape the boxes take. As in HRNet, detected boxes are
-    neither clipped nor shortened."""
-    path = find_file(root, "coco", split, f"annotations/person_keypoints_{split}.json",
-                     f"annotations/image_info_{split}.json")
-    file = read_coco_file(path, skeleton)
+    As in HRNet, detected boxes are neither clipped nor shortened."""
+    file = read_coco_file(find_file(
+        root, split, f"annotations/person_keypoints_{split}.json",
+        f"annotations/image_info_{split}.json"), skeleton)
     name = split.replace("-dev", "")  # test-dev2017's pictures are in test2017
-    folder = Path(root) / "images" / name
-    folder = folder if folder.is_dir() else Path(root) / name
+    folder = root / "images" / name
+    folder = folder if folder.is_dir() else root / name
     if boxes == "gt":
         rows, pictures, found = annotated_boxes(file)
         category = file.persons["category_id"][rows]
@@ -480,10 +470,11 @@ def read_coco(root, split, size=(256, 192), skeleton=SKELETONS["coco"], boxes="g
         pictures, category, found, scores = read_detections(boxes, find, file.categories)
         keypoints = np.zeros((len(pictures), len(skeleton.joints), 3))
     sizes = np.column_stack([file.images["width"], file.images["height"]])
-    return people_in_boxes(
-        found, scores, size, keypoints, truth=file, files=file.files[pictures], source=folder,
-        image_id=file.images["id"][pictures].astype(np.int64),
-        category_id=category.astype(np.int64), picture_size=sizes[pictures].astype(int))
+    return People(
+        folder=folder, files=file.files[pictures], box=padded(found), box_score=scores,
+        image_id=file.images["id"][pictures].astype(np.int64), joints=keypoints[..., :2],
+        annotated=keypoints[..., 2] > 0, truth=file, category_id=category.astype(np.int64),
+        picture_size=sizes[pictures].astype(int))
 
 
 def annotated_boxes(file):
@@ -508,6 +499,76 @@ def annotated_boxes(file):
     return rows, image[rows], np.column_stack([low, high - low])[rows]
 
 
+def padded(boxes):
+    """Boxes (N,4) as left, top, width, height -> as People have them, the margin included."""
+    return np.column_stack([boxes[:, :2] + boxes[:, 2:] / 2, PADDING * boxes[:, 2:]])
+
+
+def read_detections(path, find, categories=(1,)):
+    """A detector's boxes, from a JSON list of {image_id or file_name, bbox [x, y, w, h], score},
+    and category_id where there are others than categories[0].
+
+    find: a picture_finder. -> of those in the pictures the places of their pictures (N,), the ids
+    of their categories (N,), boxes (N,4), scores (N,)."""
+    with reading(path, "a list of boxes, each with image_id or file_name"):
+        entries = expect(read_json(path), list)
+        pictures = np.array([find(entry) for entry in entries])
+        category = np.array([entry.get("category_id", categories[0]) for entry in entries], float)
+    rows = leave_out(path, "boxes", {
+        f"of other categories than {categories}": ~np.isin(category, categories),
+        "of no picture here, or of a name that several have": pictures < 0})
+    columns = read_columns(path, "box", [entries[row] for row in rows], {"bbox": (4,), "score": ()})
+    check_columns(path, "box", columns)
+    sized = leave_out(path, "boxes", {"of no size": ~(columns["bbox"][:, 2:] > 0).all(1)})
+    rows = rows[sized]
+    return pictures[rows], category[rows], columns["bbox"][sized], columns["score"][sized]
+
+
+# ---------------------------------------------------------------------------- what readers share
+
+def read_columns(path, name, entries, shapes, missing=None):
+    """A list of dictionaries, parsed from a file -> {field: array (N, *shape), float64}.
+
+    shapes: {field: shape of its value}. missing: {field: number for what is absent, null, empty or,
+    but for keypoints, NaN}. InputError with the file and the entry, a `name`, that does not fit."""
+    missing = missing or {}
+    columns = {}
+    hint = " (--skeleton names joints of one's own)" if "keypoints" in shapes else ""
+    with reading(path, f"a list, of which each {name} has {', '.join(shapes)}{hint}") as where:
+        for field, shape in shapes.items():
+            values = []
+            for row, entry in enumerate(entries):
+                where.entry = f"{name} {row}, counted from 0"
+                value = entry.get(field) if field in missing else entry[field]
+                if field in missing and value in (None, []):
+                    value = np.full(shape, missing[field]).tolist()
+                if shape and len(value) != shape[0]:
+                    raise ValueError(f"{field} has {len(value)} values, not {shape[0]}")
+                values.append(value)
+            where.entry = field
+            column = np.array(values, np.float64).reshape(len(values), *shape)
+            if field in missing and field != "keypoints":  # of a joint its flag decides
+                unknown = np.isnan(column)
+                column[unknown.any(1) if shape else unknown] = missing[field]
+            columns[field] = column
+    return columns
+
+
+def check_columns(path, name, columns, lowest=None):
+    """InputError with the file and the entry, a `name`, for a number that is NaN or not from
+    {field: lowest} to 1e10; ids are whole numbers below 2^53, which float64 holds."""
+    for field, column in columns.items():
+        low = (lowest or {}).get(field, -1e10)
+        good = (column >= low) & (column <= 1e10)
+        wanted = f"from {low:g} to 1e10"
+        if field in ("id", "image_id"):  # COCO numbers its crowds like 900100087038
+            good = (abs(column) < 2 ** 53) & (column % 1 == 0)
+            wanted = "a whole number below 2^53"
+        for row, *place in np.argwhere(~good)[:1]:
+            raise InputError(f"{path}: {field} of {name} {row}, counted from 0, is "
+                             f"{column[(row, *place)]:.17g}, not {wanted}")
+
+
 def leave_out(path, entries, reasons):
     """The rows for which no reason, {words: (N,) bool}, holds. How many are left out for which is
     printed; InputError if nothing is left."""
@@ -523,18 +584,6 @@ def leave_out(path, entries, reasons):
     if told:
         print(summary)
     return np.flatnonzero(left)
-
-
-def people_in_boxes(boxes, scores, size, keypoints, **pictures):
-    """Boxes (N,4) as x, y, width, height, with keypoints (N,K,3), flag 0 where not labelled ->
-    People. pictures: where they are, the fields of People that are missing here.
-
-    A box is widened to the shape of the crop, size (height, width), then padded."""
-    height, width = size
-    widths = np.maximum(boxes[:, 2], boxes[:, 3] * width / height)
-    return People(center=boxes[:, :2] + boxes[:, 2:] / 2, scale=widths / 200 * PADDING,
-                  score=scores, joints=keypoints[..., :2], visible=keypoints[..., 2] > 0,
-                  **pictures)
 
 
 def name_parts(name):
@@ -567,137 +616,86 @@ def picture_finder(numbers, folder, names):
     return find
 
 
-def read_detections(path, find, categories=(1,)):
-    """A detector's boxes, from a JSON list of {image_id or file_name, bbox [x, y, w, h], score},
-    and category_id where there are others than categories[0].
-
-    find: a picture_finder. -> of those in the pictures the places of their pictures (N,), the ids
-    of their categories (N,), boxes (N,4), scores (N,)."""
-    with reading(path, "a list of boxes, each with image_id or file_name"):
-        entries = expect(read_json(path), list)
-        pictures = np.array([find(entry) for entry in entries])
-        category = np.array([entry.get("category_id", categories[0]) for entry in entries], float)
-    rows = leave_out(path, "boxes", {
-        f"of other categories than {categories}": ~np.isin(category, categories),
-        "of no picture here, or of a name that several have": pictures < 0})
-    columns = read_columns(path, "box", [entries[row] for row in rows], {"bbox": (4,), "score": ()})
-    sized = leave_out(path, "boxes", {"of no size": ~(columns["bbox"][:, 2:] > 0).all(1)})
-    rows = rows[sized]
-    return pictures[rows], category[rows], columns["bbox"][sized], columns["score"][sized]
-
-
-def find_file(root, dataset, split, *names):
+def find_file(root, split, *names):
     """The first of some names below root that exists; InputError with all of them."""
-    paths = [Path(root) / name for name in names]
+    paths = [root / name for name in names]
     for path in paths:
         if path.is_file():
             return path
-    raise InputError(f"there are no annotations of {dataset} split {split!r}; looked for "
-                     f"{' and '.join(map(str, paths))} (README.md says under Data where the "
-                     "published ones are from)")
+    raise InputError(f"there are no annotations of split {split!r}: no "
+                     f"{' and no '.join(map(str, paths))} (README.md tells where they are from)")
 
 
 def find_pictures(folder, names):
-    """Files below a folder -> their names as the disk has them, see name_parts; the missing paths.
-
-    Each folder is listed once, instead of looking at each file: on a network disk that takes
-    minutes. Only a name that is not in the list is looked at, as some systems know a file by
-    several spellings."""
+    """Files below a folder -> their names as the disk has them, see name_parts. InputError if some
+    are missing. Each folder is listed once, as looking at each file takes minutes on a network
+    disk; only a name that is not listed is looked at: some systems know several spellings."""
     there = {}
     for place, _, files in os.walk(folder):
         for file in files:
             path = os.path.join(place, file)[len(str(folder)) + 1:]
             there["/".join(name_parts(path))] = path
     keys = ["/".join(name_parts(name)) for name in names]
-    missing = [Path(folder, name) for name, key in zip(names, keys)
-               if key not in there and not Path(folder, name).is_file()]
-    return [there.get(key, name) for name, key in zip(names, keys)], missing
-
-
-def load_people(dataset, root, split, size, skeleton, boxes="gt", most=None):
-    """The People of a split, or of a detector's boxes in it (a file; COCO only). root: the data
-    set's folder, None for data/DATASET. most: so many of them at most, spread over the split.
-
-    Their number is printed. InputError if a picture is missing, before any work starts; a broken
-    one, or one that was not annotated, shows when it is opened, five of them here."""
-    if dataset != "coco" and len(skeleton.joints) != 16:
-        raise InputError(f"--dataset {dataset} has MPII's 16 joints, not {len(skeleton.joints)}; "
-                         "put joints of your own into COCO's layout, for --dataset coco")
-    people = DATASETS[dataset].read(data_folder(root, dataset), split, size, skeleton, boxes)
-    if most and most < len(people):
-        people = people.rows(np.linspace(0, len(people) - 1, most).astype(int))
-    pictures = len(np.unique(people.image_id))
-    print(f"{dataset} {split}: {plural(len(people), 'person')} in {plural(pictures, 'picture')}",
-          flush=True)
-    if dataset == "synthetic":
-        return people
-    names, known = np.unique(people.files, return_inverse=True)
-    names, missing = find_pictures(people.source, names.tolist())
+    missing = [str(folder / name) for name, key in zip(names, keys)
+               if key not in there and not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{len(missing)} of the {plural(pictures, 'picture')} of {dataset} split "
-                         f"{split!r} are not there:\n  " + "\n  ".join(map(str, missing[:5]))
-                         + "\n  ..." * (len(missing) > 5))
-    people.files = np.array(names)[known]
-    for row in np.linspace(0, len(people) - 1, 5).astype(int):
-        people.picture(row)
-    return people
+        raise InputError(f"{len(missing)} of {len(names)} pictures are not there; the first ones:"
+                         "\n  " + "\n  ".join(missing[:5]))
+    return [there.get(key, name) for name, key in zip(names, keys)]
 
 
 # ---------------------------------------------------------------------------- synthetic people
 
-# hip, knee, ankle, shoulder, elbow, wrist on the person's right, and on the left
-SIDES = {-1: (2, 1, 0, 12, 11, 10), 1: (3, 4, 5, 13, 14, 15)}
-
-
-def synthetic_pose(seed, number):
-    """A figure that faces us: its joints (16,2) in pixels of its picture, in MPII's order; the
-    length of its head; the picture's size (width, height). About one in four is partly outside."""
+def synthetic_person(seed, number):
+    """A figure that faces us, one in four partly outside: an entry of MPII's JSON; its picture."""
     rng = np.random.default_rng((seed, number))
 
-    # In head lengths, around the pelvis. Angles are in radians from straight down; the person's
-    # right, side -1, is on the left of the picture.
-    def step(angle, length):
+    def step(angle, length):  # radians from straight down, to the right; in head lengths
         return length * np.array([math.sin(angle), math.cos(angle)])
 
     lean = rng.normal(0, 0.3)
     across = rng.uniform(0.6, 1) * np.array([math.cos(lean), -math.sin(lean)])
-    joints = np.zeros((16, 2))  # the pelvis, 6, stays at (0, 0)
-    joints[7] = -step(lean, 2.4)
-    joints[8] = -step(lean, 2.8)
-    joints[9] = -step(lean, 3.8)
-    for side, (hip, knee, ankle, shoulder, elbow, wrist) in SIDES.items():
+    place = {"pelvis": np.zeros(2), "thorax": -step(lean, 2.4), "upper neck": -step(lean, 2.8),
+             "head top": -step(lean, 3.8)}
+    for name, side in (("right", -1), ("left", 1)):  # the person's right is on our left
         thigh = lean + side * rng.uniform(-0.2, 0.8)
         arm = lean + side * rng.uniform(-0.2, 2.8)
-        joints[hip] = side * 0.5 * across
-        joints[knee] = joints[hip] + step(thigh, 1.6)
-        joints[ankle] = joints[knee] + step(thigh - side * rng.uniform(-0.1, 0.9), 1.6)
-        joints[shoulder] = joints[7] + side * 0.85 * across
-        joints[elbow] = joints[shoulder] + step(arm, 1.3)
-        joints[wrist] = joints[elbow] + step(arm + side * rng.uniform(-1, 2), 1.1)
+        hip = side * 0.5 * across
+        knee = hip + step(thigh, 1.6)
+        shoulder = place["thorax"] + side * 0.85 * across
+        elbow = shoulder + step(arm, 1.3)
+        place |= {f"{name} hip": hip, f"{name} knee": knee,
+                  f"{name} ankle": knee + step(thigh - side * rng.uniform(-0.1, 0.9), 1.6),
+                  f"{name} shoulder": shoulder, f"{name} elbow": elbow,
+                  f"{name} wrist": elbow + step(arm + side * rng.uniform(-1, 2), 1.1)}
+    joints = np.array([place[name] for name in SKELETONS["mpii"].joints])
 
-    size = rng.integers(160, 321, 2)
+    size = rng.integers(160, 321, 2)  # width, height
     extent = np.ptp(joints, axis=0)
-    head = rng.uniform(0.5, 1.1) * (size / extent).min()
-    corner = rng.uniform(0, 1, 2) * (size - head * extent)
-    return corner + head * (joints - joints.min(0)), head, size
-
-
-def synthetic_picture(seed, number):
-    """The figure's picture: in any colours, before rectangles."""
-    joints, head, size = synthetic_pose(seed, number)
+    head = rng.uniform(0.5, 1.1) * (size / extent).min()  # its length in pixels
+    joints = rng.uniform(0, 1, 2) * (size - head * extent) + head * (joints - joints.min(0))
+    inside = np.clip(joints, 0, size - 1)
+    scale = 0.6 * 1.25 * head / 25  # as if of a head box of 1 by 0.75 head lengths
+    center = (inside.min(0) + inside.max(0)) / 2 + 1 - (0, 15 * scale)  # MPII counts from 1
+    entry = {"center": center.tolist(), "scale": scale, "joints": (joints + 1).tolist(),
+             "joints_vis": (joints == inside).all(1).astype(int).tolist()}
     rng = np.random.default_rng((seed, number, 1))
+    return entry, draw_figure(dict(zip(SKELETONS["mpii"].joints, joints)), head, size, rng)
 
+
+def draw_figure(joints, head, size, rng):
+    """A synthetic person's picture, in any colours, before rectangles. joints: {name: x, y}."""
+    # drawn at twice its size and averaged down, as Pillow's lines have hard edges
     def colour():
         return tuple(rng.integers(20, 236, 3).tolist())
 
-    # drawn at twice its size and averaged down, as Pillow's lines have hard edges
     picture = Image.new("RGB", tuple((2 * size).tolist()), colour())
     draw = ImageDraw.Draw(picture)
     for corner in 2 * rng.uniform(0, 1, (10, 2)) * size:
         draw.rectangle((*corner, *corner + 2 * head * rng.uniform(0.3, 4, 2)), colour())
 
-    def limb(points, thickness, fill):
-        points = [tuple(2 * point + 0.5) for point in points]
+    def limb(thickness, fill, *names):
+        points = [tuple(2 * joints[name] + 0.5) for name in names]
         draw.line(points, fill, round(2 * thickness * head), "curve")
         for point in points:
             draw.circle(point, thickness * head, fill)
@@ -705,44 +703,49 @@ def synthetic_picture(seed, number):
     skin = colour()
     shirt = colour()
     trousers = colour()
-    draw.polygon([tuple(2 * joints[index]) for index in (12, 13, 3, 2)], shirt)
-    limb(joints[[12, 13]], 0.3, shirt)
-    limb(joints[[8, 7]], 0.2, skin)
-    limb([(joints[8] + joints[9]) / 2], 0.9, skin)
-    for hip, knee, ankle, shoulder, elbow, wrist in SIDES.values():
-        limb(joints[[hip, knee, ankle]], 0.3, trousers)
-        limb(joints[[shoulder, elbow, wrist]], 0.24, skin)
+    trunk = ("right shoulder", "left shoulder", "left hip", "right hip")
+    draw.polygon([tuple(2 * joints[name]) for name in trunk], shirt)
+    limb(0.3, shirt, "right shoulder", "left shoulder")
+    limb(0.2, skin, "upper neck", "thorax")
+    joints["face"] = (joints["upper neck"] + joints["head top"]) / 2
+    limb(0.9, skin, "face")
+    for side in ("right", "left"):
+        limb(0.3, trousers, f"{side} hip", f"{side} knee", f"{side} ankle")
+        limb(0.24, skin, f"{side} shoulder", f"{side} elbow", f"{side} wrist")
     return picture.reduce(2)
 
 
-def read_synthetic(root, split, *unused):
-    """The People of the synthetic data set; splits train and valid, which share nobody."""
-    counts = {"train": 1200, "valid": 200}
-    if split not in counts:
-        raise InputError(f"synthetic people have the splits train and valid, not {split!r}")
-    N = counts[split]
-    seed = list(counts).index(split)
-    poses = [synthetic_pose(seed, number) for number in range(N)]
-    joints = np.array([joints for joints, _, _ in poses])  # (N,16,2)
-    # as MPII's: 0.6 of the diagonal of a head box, here of 1 by 0.75 head lengths
-    head_size = 0.6 * 1.25 * np.array([head for _, head, _ in poses])
-    corner = np.array([size for _, _, size in poses])[:, None] - 1  # (N,1,2)
-    visible = ((joints >= 0) & (joints <= corner)).all(2)
-    inside = np.clip(joints, 0, corner)
-    return People(
-        source=seed, files=np.zeros(N, "S1"), image_id=np.arange(N),
-        center=(inside.min(1) + inside.max(1)) / 2, scale=PADDING * head_size / 25, joints=joints,
-        visible=visible, score=np.ones(N), head_size=head_size,
-        head_source="0.6 * diagonal of a head box")
+def read_synthetic(root, split, *given):
+    """The People of the synthetic data set: 1200 to train on, 200 others as valid. It is in MPII's
+    layout, and is drawn into the folder root, whole or not at all, if that is not there."""
+    if not root.exists() or not any(root.iterdir()):
+        print(f"drawing synthetic people into {root}", flush=True)
+        part = root.with_name(f".part{os.getpid()}.{root.name}")
+        (part / "annot").mkdir(parents=True)
+        (part / "images").mkdir()
+        for seed, (name, count) in enumerate((("train", 1200), ("valid", 200))):
+            entries = []
+            for number in range(count):
+                entry, picture = synthetic_person(seed, number)
+                entries.append(entry | {"image": f"{name}{number}.png"})
+                picture.save(part / "images" / entries[-1]["image"])
+            (part / f"annot/{name}.json").write_text(json.dumps(entries))
+        try:
+            part.rename(root)
+        except OSError:
+            shutil.rmtree(part)
+            if not root.exists():
+                raise  # else another process was quicker
+    return read_mpii(root, split, *given)
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    read: object  # function (root, split, size, skeleton, boxes) -> People
+    read: object  # function (root, split, skeleton, boxes) -> People
     skeleton: str
     splits: tuple  # names: to train on, to validate on
     size: tuple  # (height, width) of the network's input
-    augmentation: tuple  # scale, rotation: see draw_augmentation
+    augmentation: tuple  # scale_range, rotation_range: see draw_augmentation
 
 
 DATASETS = {
@@ -759,11 +762,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def open_picture(path, upright=False, size=(0, 0)):
-    """A picture from a file, decoded: a Pillow picture in RGB.
+    """A picture from a file, decoded: a Pillow picture in RGB. InputError if it can't be.
 
-    upright: turned as its EXIF orientation says; data sets annotate the pixels as they are stored,
-    unless that contradicts size, the (width, height) in the annotations (0: any). InputError if it
-    has another size, is missing or too large, or can't be decoded."""
+    upright: turned as its EXIF orientation says. Data sets annotate the pixels as they are stored,
+    unless that contradicts size, the (width, height) in the annotations (0: any)."""
     with reading(path, "a whole picture, of at most 268 million pixels and in a format that Pillow "
                  "knows, unlike HEIC (convert it, fetch it again, or leave it out)"):
         with Image.open(path) as picture:
@@ -845,35 +847,88 @@ def draw_axes(draw, box, xs, ys, xlabel, ylabel):
     high = np.array([max(xs), max(ys)], float)
     high += high == low
 
-    def place(x, y):
+    def position(x, y):
         across, up = (np.array([x, y]) - low) / (high - low)
         return left + across * (right - left), bottom - up * (bottom - top)
 
     for x, y in np.linspace(low, high, 5):
-        draw.text((place(x, y)[0], bottom + 4), f"{x:.3g}", "black", font(size=12), "ma")
-        draw.text((left - 6, place(x, y)[1]), f"{y:.3g}", "black", font(size=12), "rm")
-        draw.line((left, place(x, y)[1], right, place(x, y)[1]), (225, 225, 225))
+        draw.text((position(x, y)[0], bottom + 4), f"{x:.3g}", "black", font(size=12), "ma")
+        draw.text((left - 6, position(x, y)[1]), f"{y:.3g}", "black", font(size=12), "rm")
+        draw.line((left, position(x, y)[1], right, position(x, y)[1]), (225, 225, 225))
     draw.rectangle(box, outline="black")
     draw.text(((left + right) / 2, bottom + 22), xlabel, "black", font(size=14), "ma")
     draw.text((left, top - 6), ylabel, "black", font(size=14), "ls")
-    return place
+    return position
 
 
-def show_samples(dataset, skeleton, targets=True, count=12):
+def show_samples(dataset, targets=True, count=12):
     """A sheet of samples: each crop with its joints, beside it all its targets, if wanted."""
     sheet = []
     for number in range(count):
         epoch, row = divmod(number, len(dataset))  # of few people more epochs
-        _, image, joints, visible = dataset[epoch, row]
+        _, image, joints, annotated = dataset[epoch, row]
         picture = Image.fromarray(image.numpy())
-        maps, weights = gaussian_targets(joints[None], visible[None], dataset.size)
+        maps, mask = gaussian_targets(joints[None], annotated[None], dataset.size)
         learnt = heat(picture, maps[0].amax(0).numpy())
-        draw_pose(picture, torch.cat([joints, weights[0, :, None]], 1).numpy(), skeleton)
+        draw_pose(picture, torch.cat([joints, mask[0, :, None]], 1).numpy(), dataset.skeleton)
         sheet += [picture, learnt] if targets else [picture]
     return grid(sheet, columns=6)
 
 
-# ---------------------------------------------------------------------------- files and flags
+# ---------------------------------------------------------------------------- files
+
+@contextmanager
+def reading(path, wanted):
+    """Around the reading of somebody's file: whatever goes wrong becomes an InputError that names
+    the file, what it must be (`wanted`) and the entry that the code inside was at (`where.entry`).
+    """
+    where = SimpleNamespace(entry="")
+    try:
+        yield where
+    except (InputError, NameError, ImportError, AssertionError, MemoryError):
+        raise  # a sentence already, or no fault of the file
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read ({error.strerror or error}); it must be {wanted}"
+                         ) from error
+    except Exception as error:  # a damaged file can make a parser raise anything
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(reason.split())[:500] or type(error).__name__
+        at = f" ({where.entry})" if where.entry else ""
+        raise InputError(f"{path} must be {wanted}, but it is not{at}: {reason}") from error
+
+
+@contextmanager
+def writing(path):
+    """Gives a path beside `path` to write to, which takes its place when all is written: a crash, a
+    full disk or a kill leaves the old file. The folder is made if need be."""
+    path = Path(path)
+    part = path.with_name(f".part{os.getpid()}.{path.name}")  # no other process's
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, RuntimeError) and "inline_container" not in reason:
+            raise  # else it is torch.save's word for a full disk
+        raise InputError(f"{path} can't be written ({reason}); what was there before is untouched"
+                         ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_table(path, rows):
+    """Dictionaries -> a CSV file; their keys are the columns."""
+    with writing(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row),
+                               lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
 
 def read_json(path, object_hook=None):
     """A parsed JSON file, in any of Unicode's forms; InputError if it is missing or broken."""
@@ -890,53 +945,7 @@ def expect(value, kind):
     return value
 
 
-def write_file(path, content, new=False):
-    """Writes bytes, text, or by the file's ending a Pillow picture (.png), arrays (.mat), what
-    torch.save takes (.pt), dictionaries (.csv; their keys are the columns) or plain types (.json),
-    all or nothing: a crash, a full disk or a kill leaves the old file. new: refuses to replace one.
-
-    Written beside it, brought to the disk, then renamed. The folder is made if need be."""
-    path = Path(path)
-    buffer = io.BytesIO()
-    if isinstance(content, (bytes, str)):
-        buffer.write(content.encode() if isinstance(content, str) else content)
-    elif path.suffix == ".png":
-        content.save(buffer, "PNG")
-    elif path.suffix == ".pt":
-        torch.save(content, buffer)
-    elif path.suffix == ".mat":
-        from scipy.io import savemat
-
-        savemat(buffer, content)
-    elif path.suffix == ".csv":
-        text = io.StringIO()
-        columns = dict.fromkeys(name for row in content for name in row)
-        table = csv.DictWriter(text, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(content)
-        buffer.write(text.getvalue().encode())
-    else:
-        buffer.write((json.dumps(content, indent=1) + "\n").encode())
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # no other process's
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if new:
-            open(path, "x").close()  # fails if another process was quicker
-        with open(part, "wb") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path} can't be written ({error.strerror}); what was there before is "
-                         "untouched") from error
-
-
-def plural(count, noun, ending="s"):
-    """(1, "person") -> "1 person"; (2, "person") -> "2 persons"."""
-    return f"{count} {noun}{ending if count != 1 else ''}"
-
+# ---------------------------------------------------------------------------- scripts
 
 def progress(items, what):
     """The items, one by one, while a line of the terminal shows how many went; where there is none,
@@ -950,6 +959,12 @@ def progress(items, what):
         elif time.monotonic() - told > 60:
             told = time.monotonic()
             print(f"  {done}/{len(items)} {what}", file=sys.stderr, flush=True)
+
+
+def cpu_info():
+    """What the system tells of its processor, where it tells it in a file; else nothing."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text("utf-8") if path.exists() else ""
 
 
 def cpu_count():
@@ -967,8 +982,7 @@ SENTENCES = {
     "BatchNorm can't train on a single value per channel; choose a larger --batch-size or --input, "
     "or a smaller --accumulate",
     r"RuntimeError: DataLoader worker \(pid":
-    "a loader process died, often for want of memory; try again with fewer --workers (train.py "
-    "goes on with --resume auto)",
+    "a loader process died, often for want of memory; fewer --workers may help (--resume goes on)",
 }
 
 
@@ -993,9 +1007,9 @@ def run(main):
 
 
 def keep_memory():
-    """Lets glibc keep freed memory instead of returning every large block to the system and getting
-    it back page by page: on a CPU, batches of 32 at 256x256 then train twice as fast; batches of 8
-    gain nothing (AMD EPYC Zen 3, torch 2.13, with one thread and with two)."""
+    """Lets glibc keep freed memory instead of returning large blocks and getting them back page by
+    page: on a CPU batches of 32 at 256x256 train twice as fast; batches of 8 gain nothing (Zen 3).
+    """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt"):
@@ -1008,8 +1022,7 @@ def image_size(text):
     match = re.fullmatch(r"(\d+)x(\d+)", text.lower())
     sides = tuple(map(int, match.groups())) if match else (0, 0)
     if min(sides) < 64 or max(sides) > 4096:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not HEIGHTxWIDTH with numbers from 64 to 4096, such as 256x192")
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, both from 64 to 4096")
     return sides
 
 
@@ -1017,8 +1030,7 @@ def number_from(lowest, highest=10**9):
     """An argparse type: whole numbers from lowest to highest."""
     def number(text):
         if not text.isdecimal() or not lowest <= int(text) <= highest:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number from {lowest} to {highest}")
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number {lowest}..{highest}")
         return int(text)
     return number
 
@@ -1034,7 +1046,7 @@ def add_data_arguments(parser, dataset, size):
     """The flags that all scripts share which read a data set; the defaults in words."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=DATASETS, help=f"which people (default: {dataset})")
-    group.add_argument("--data", type=Path, metavar="DIR",
+    group.add_argument("--data", metavar="DIR",
                        help="the data set's folder (default: data/DATASET)")
     group.add_argument("--skeleton", choices=SKELETONS, help="the joints, an entry of SKELETONS in "
                        "lapx.py (default: the data set's own)")
@@ -1049,11 +1061,3 @@ def add_workers_argument(add):
     add("--workers", type=number_from(0, cpu_count()), default=default, metavar="N",
         help="loader processes (default: %(default)s; where there is a GPU, one less than the "
         "CPUs, at most 16, else 1)")
-
-
-def data_folder(given, dataset):
-    """The folder of a data set: what --data gives, else data/DATASET."""
-    if given and dataset == "synthetic":
-        raise InputError("--data means nothing with synthetic people, who have no files; name a "
-                         "--dataset")
-    return given or Path("data") / dataset

@@ -5,11 +5,11 @@
     python export.py --time lapx.onnx lapx-int8.onnx peer.onnx --out runs/timing
     python export.py --profile lapx.onnx
 
-The first file is the same function, written so that ONNX Runtime is quick with
-it; --plain writes layer by layer, BatchNorms folded. A float32 file is only
-written if ONNX Runtime computes with it what PyTorch does. All that its user
-needs (joints, flip pairs, limbs, input size, mean, std, order of colours) is in
-the file, as JSON under the key "lapx" of its metadata, for evaluate.py, too."""
+Without a further flag a file is the same function, written so that ONNX Runtime
+is quick with it; --plain writes layer by layer, BatchNorms folded. A file is
+only written if ONNX Runtime computes with it what PyTorch does. All that its
+user needs (joints, flip pairs, limbs, input size, mean, std, order of colours)
+is in the file, as JSON under the key "lapx" of its metadata."""
 
 import argparse
 import copy
@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,28 +38,52 @@ import torch.nn.functional as F
 from onnxruntime.quantization import QuantType, quantize_static
 from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
-from data import normalise, plural
-from lapx import (ECA, LAPX, SKELETONS, STRIDE, Block, InputError, SpatialAttention, Stage, Stem,
-                  decode, reading, variant_name)
+from data import normalise, reading, writing
+from lapx import (ECA, LAPX, SKELETONS, STRIDE, VARIANTS, Block, ChannelMLP, InputError,
+                  SpatialAttention, Stage, Stem, decode)
 
 OPSET = 18
-# By the bits of a file: which norm of its difference to float64 is looked at, the order of that
-# norm, and how large it may be relative to that of the heatmaps; or three times what PyTorch's own
-# float32 loses, if that is more. In 32 bits 1e-5 is usual. What is allowed for 8 bits finds a
-# broken file, not a lost point of accuracy.
-ALLOWED = {32: ("largest", math.inf, 1e-4), 8: ("root mean square", 2, 0.2)}
 
 
 # ---------------------------------------------------------------------------- fast float32 form
 
-def set_forms(model, forms):
-    """Lets modules compute in another way: those of a class in `forms` by its function (module, x).
-    In place; their tensors stay as they are."""
-    for module in model.modules():
-        if type(module) in forms:
-            module.forward = partial(forms[type(module)], module)
+@torch.no_grad()
+def fast(model):
+    """A trained LAPX -> a copy that is the same function in a form that ONNX Runtime is quick with.
+    """
+    model = folded(model)
+    set_forms(model, {SpatialAttention: fast_spatial_attention, nn.ELU: fast_elu})
+    return model
+
+
+@torch.no_grad()
+def folded(model):
+    """A trained LAPX -> a copy for inference without BatchNorms.
+
+    Each goes into the convolution before it. The first one of a block has none before it, and
+    becomes a channelwise convolution."""
+    model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        if isinstance(module, Block):
+            norm = module.bn1
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            # no BatchNorm any more, but under its name, so that Block.forward stays as it is
+            module.bn1 = channelwise(scale, norm.bias - norm.running_mean * scale)
+            fold(module, "pointwise1", "bn2")
+            fold(module, "depthwise", "bn3")
+        elif isinstance(module, (Stem, Stage)):
+            fold(module, "conv", "bn")
+    return model
+
+
+def fold(module, conv, norm):
+    """Moves a module's BatchNorm into the convolution before it. conv, norm: their names."""
+    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+    setattr(module, conv, fused)
+    setattr(module, norm, nn.Identity())
 
 
 def channelwise(scale, bias=None):
@@ -73,54 +98,22 @@ def channelwise(scale, bias=None):
     return conv
 
 
-def fold(module, conv, norm):
-    """Moves a module's BatchNorm into the convolution before it. conv, norm: their names."""
-    fused = torch.nn.utils.fusion.fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
-    setattr(module, conv, fused)
-    setattr(module, norm, nn.Identity())
-
-
-@torch.no_grad()
-def folded(model):
-    """A trained LAPX -> a copy for inference without BatchNorms.
-
-    Each goes into the convolution before it. The first one of a block has none before it, and
-    becomes a channelwise convolution."""
-    model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        if isinstance(module, Block):
-            norm = module.bn1
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            module.bn1 = channelwise(scale, norm.bias - norm.running_mean * scale)
-            fold(module, "pointwise1", "bn2")
-            fold(module, "depthwise", "bn3")
-        elif isinstance(module, (Stem, Stage)):
-            fold(module, "conv", "bn")
-    return model
-
-
-def one_way(model):
-    """Changes a folded model in place: one convolution to the next stage instead of two.
-
-    The next stage gets features_to_next(y) + heatmaps_to_next(head(y)), and head, too, is a 1x1
-    convolution: the product of its matrix and the one behind it is added to that of the features.
-    """
-    for stage in model.stages[:-1]:
-        back = stage.heatmaps_to_next.weight[..., 0, 0]  # (C,K)
-        through = back @ stage.head.weight[..., 0, 0]  # (C,K) (K,C) -> (C,C)
-        stage.features_to_next.weight += through[..., None, None]
-        stage.features_to_next.bias += back @ stage.head.bias + stage.heatmaps_to_next.bias
-        stage.heatmaps_to_next.forward = lambda heatmaps: 0
-    return model
+def set_forms(model, forms):
+    """Replaces, in place, the forward of modules; their tensors stay as they are. forms: {class of
+    modules: function of (module, x)}."""
+    for module in model.modules():
+        if type(module) in forms:
+            module.forward = partial(forms[type(module)], module)
 
 
 def fast_spatial_attention(module, x):
     """SpatialAttention, (B,C,h,w) -> same, whose maximum and mean ONNX Runtime computes quickly.
 
-    Over all channels at once it takes 1 ms and more for each, at 208x64x48. The maximum is taken in
+    Over all channels at once either takes 1 ms and more, at 208x64x48. The maximum is taken in
     two steps, within groups of channels and over the groups; the mean is a matrix product."""
     C, h, w = x.shape[1:]
     group = math.gcd(C, 16)
+    # amax, as there are no gradients here
     maximum = x.unflatten(1, (C // group, group)).amax(2).amax(1, keepdim=True)  # (B,1,h,w)
     share = torch.full((1, C), 1 / C, dtype=x.dtype)
     mean = (share @ x.flatten(2)).unflatten(2, (h, w))  # (1,C) (B,C,h*w) -> (B,1,h,w)
@@ -135,21 +128,26 @@ def fast_elu(module, x):
     return torch.maximum(x, x.clamp(max=0).exp() - 1)
 
 
-@torch.no_grad()
-def fast(model):
-    """A trained LAPX -> a copy that is the same function in a form that ONNX Runtime is quick with.
-    """
-    model = one_way(folded(model))
-    set_forms(model, {SpatialAttention: fast_spatial_attention, nn.ELU: fast_elu})
-    return model
-
-
 # ---------------------------------------------------------------------------- to ONNX
 
-def decoded(heatmaps):
-    """Heatmaps (B,K,h,w) -> keypoints (B,K,3): x, y in pixels of the input, score."""
-    points, scores = decode(heatmaps)
-    return torch.cat([STRIDE * points, scores[..., None]], dim=2)
+def to_onnx(module, size, outputs, batch=None):
+    """A module of images (B,3,H,W) -> an ONNX model. outputs: the names of what the module gives.
+    batch: None leaves it open."""
+    shapes = None if batch else ({0: torch.export.Dim("batch", max=2**20)},)  # any large number
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            module, (torch.zeros(batch or 2, 3, *size),),  # an example of 1 would be fixed
+            dynamo=True, opset_version=OPSET, input_names=["images"], output_names=outputs,
+            dynamic_shapes=shapes, verbose=False, external_data=False)
+    model = program.model_proto
+    for node in model.graph.node:  # drops the exporter's notes, paths of source files among them
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    return model
 
 
 class Outputs(nn.Module):
@@ -166,27 +164,21 @@ class Outputs(nn.Module):
         outputs = self.model(images)
         if not self.all_stages:
             outputs = outputs[-1:]
-        return (*outputs, decoded(outputs[-1])) if self.keypoints else tuple(outputs)
+        return (*outputs, keypoints_of(outputs[-1])) if self.keypoints else tuple(outputs)
 
 
-def to_onnx(module, size, outputs, batch=None):
-    """A module of images (B,3,H,W) -> an ONNX model. outputs: the names of what the module gives.
-    batch: None leaves it open."""
-    shapes = None if batch else ({0: torch.export.Dim("batch", max=2**20)},)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            module, (torch.zeros(batch or 2, 3, *size),),  # an open batch must not be 1 here
-            dynamo=True, opset_version=OPSET, input_names=["images"], output_names=outputs,
-            dynamic_shapes=shapes, verbose=False, external_data=False)
-    model = program.model_proto
-    for node in model.graph.node:  # drops the exporter's notes, paths of source files among them
-        del node.metadata_props[:]
-        node.doc_string = ""
-    del model.graph.metadata_props[:]
-    del model.graph.value_info[:]
-    return model
+def keypoints_of(heatmaps):
+    """Heatmaps (B,K,h,w) -> keypoints (B,K,3): x, y in pixels of the input, score."""
+    points, scores = decode(heatmaps)
+    return torch.cat([STRIDE * points, scores[..., None]], dim=2)
+
+
+# =============================================== Behind the scenes: checks, costs, timing, 8 bits
+
+# By the bits of a file: the norm of its difference to float64, its order, and how large it may be
+# relative to that of the heatmaps; or three times what PyTorch's own float32 loses. In 32 bits 1e-5
+# is usual. What is allowed for 8 bits finds a broken file, not a lost point of accuracy.
+ALLOWED = {32: ("largest", math.inf, 1e-4), 8: ("root mean square", 2, 0.2)}
 
 
 def errors_of(session, path, model, images, order):
@@ -198,7 +190,7 @@ def errors_of(session, path, model, images, order):
     names = [output.name for output in session.get_outputs()]
     outputs = dict(zip(names, evaluate.run_session(session, path, images)))
     keypoints = outputs.pop("keypoints", None)
-    if keypoints is not None and not torch.allclose(keypoints, decoded(outputs["heatmaps"])):
+    if keypoints is not None and not torch.allclose(keypoints, keypoints_of(outputs["heatmaps"])):
         raise InputError("the keypoints in the file differ from those decoded by PyTorch")
     found = torch.stack(list(outputs.values()))  # (stages,B,K,h,w)
     with torch.no_grad():
@@ -210,28 +202,29 @@ def errors_of(session, path, model, images, order):
 
 def export(args):
     """--weights: writes the ONNX file, if ONNX Runtime computes with it what PyTorch does."""
-    network = evaluate.open_network(args.weights, "cpu", args.input, args.skeleton, args.bgr)
-    if not isinstance(network.forward, LAPX):
+    predictor = evaluate.open_predictor(args.weights, "cpu", args.input, args.skeleton, args.bgr)
+    if not isinstance(predictor.model, LAPX):
         raise InputError(f"{args.weights} is an ONNX file already; export needs a checkpoint")
-    model = network.forward.to(memory_format=torch.contiguous_format)
+    model = predictor.model.to(memory_format=torch.contiguous_format)
     if args.int8:
-        images = calibration_images(network, args)
-        form = byte_form(model)
+        images = calibration_images(predictor, args)
+        form = quantisable(model)
     else:
-        images = torch.randn(3, 3, *network.size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(3, 3, *predictor.size, generator=torch.Generator().manual_seed(0))
         form = folded(model) if args.plain else fast(model)
-    names = ["heatmaps"] + ["keypoints"] * args.keypoints
+    names = ["heatmaps", "keypoints"] if args.keypoints else ["heatmaps"]
     if args.all_stages:
         names = [f"heatmaps{number}" for number in range(1, model.config.stages)] + names
-    proto = to_onnx(Outputs(form, args.all_stages, args.keypoints), network.size, names, args.batch)
+    outputs = Outputs(form, args.all_stages, args.keypoints)
+    proto = to_onnx(outputs, predictor.size, names, args.batch)
     if args.int8:
         proto = quantised(proto, images, args.batch or 1)
-    info = network.info | {"variant": variant_name(model.config), "bits": 8 if args.int8 else 32}
+    info = predictor.info | {"bits": 8 if args.int8 else 32}
     onnx.helper.set_model_props(proto, {"lapx": json.dumps(info)})
     onnx.checker.check_model(proto, full_check=True)
     content = proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    print(f"{info['variant']}, opset {OPSET}, {len(content) / 1e6:.1f} MB")
+    print(f"{info['variant'] or model.config}, opset {OPSET}, {len(content) / 1e6:.1f} MB")
     for item in [*session.get_inputs(), *session.get_outputs()]:
         print(f"  {item.name} {item.shape}")
     which, order, allowed = ALLOWED[info["bits"]]
@@ -243,9 +236,59 @@ def export(args):
           f"(PyTorch's own in float32: {own:.1e})")
     if not error <= allowed:  # NaN, too
         raise InputError(f"that is more than {allowed:g}: no file is written")
-    data.write_file(args.out, content)
-    print(f"wrote {args.out}"
-          + (": score it with evaluate.py before you use it" if args.int8 else ""))
+    with writing(args.out) as part:
+        part.write_bytes(content)
+    print(f"wrote {args.out}; score it with evaluate.py before you use it")
+
+
+# ---------------------------------------------------------------------------- what a network costs
+
+def count(config, height, width):
+    """What a network costs for one picture of height x width: parameters, parameters by thop,
+    multiply-adds, FLOPs by thop, which is the paper's way."""
+    # PAPER SILENT: counting of parameters and FLOPs. The figures of PAPER Tables 1 to 3 are those
+    # of the tool thop. It leaves out bare parameters (alpha and gamma). Its FLOPs are the
+    # multiply-adds, plus 4 per element that a BatchNorm puts out, plus 1 per element that an
+    # adaptive average pooling (one in each channel attention) takes in.
+    extra = []
+
+    def add(module, inputs, output):  # a forward hook
+        if isinstance(module, nn.BatchNorm2d):
+            extra.append(4 * output.numel())
+        elif isinstance(module, (ECA, ChannelMLP)):
+            extra.append(output.numel())
+
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:  # shapes alone, no numbers
+        model = LAPX(config).eval()
+        for module in model.modules():
+            module.register_forward_hook(add)
+        model(torch.zeros(1, 3, height, width))
+    multiply_adds = counter.get_total_flops() // 2  # torch counts multiplications and additions
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    bare = sum(n for name, n in parameters.items() if name.endswith((".alpha", ".gamma")))
+    total = sum(parameters.values())
+    return total, total - bare, multiply_adds, multiply_adds + sum(extra)
+
+
+# What PAPER Tables 1 to 3 print: variant, input (H, W), joints, 10^6 parameters, 10^9 FLOPs.
+PRINTED = [("lapx", 256, 256, 16, "2.30", "3.45"), ("lapx", 256, 192, 17, "2.30", "2.59"),
+           ("lapx", 384, 288, 17, "2.30", "5.82"), ("lap", 256, 256, 16, "2.34", "3.70"),
+           ("lap", 256, 192, 17, "2.34", "2.78"), ("lap", 384, 288, 17, "2.34", "6.24")]
+PRINTED += [(f"row{row}", 256, 256, 16, millions, "") for row, millions in enumerate(
+    "2.30 2.26 2.25 2.23 2.28 2.26 2.26 2.26 2.26 2.26 2.30 2.30 2.30 2.30".split(), start=1)]
+
+
+def print_costs():
+    """--costs: parameters and cost of every variant beside the paper's figures."""
+    print(f"{'variant, input, joints':22}|  S   C |{'parameters':^23}|{'10^9':^26}\n"
+          f"{'':22}|        |    true    thop paper | multiply-adds  thop paper")
+    for name, height, width, joints, millions, gigaflops in PRINTED:
+        config = replace(VARIANTS[name], num_joints=joints)
+        parameters, by_thop, multiply_adds, flops = count(config, height, width)
+        print(f"{name:7}{height:5}x{width}{joints:5}  |{config.stages:3}{config.channels:4} |"
+              f"{parameters:8}{by_thop:8}{millions:>6} |{multiply_adds / 1e9:14.4f}"
+              f"{flops / 1e9:6.2f}{gigaflops:>6}")
 
 
 # ---------------------------------------------------------------------------- timing
@@ -319,28 +362,23 @@ MEMORY_PROBE = """
 import re, sys
 import numpy, onnxruntime
 
-def peak():  # megabytes
-    try:
-        return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 2**10
-    except OSError:  # not Linux
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak():  # megabytes, as Linux tells them
+    status = open("/proc/self/status").read()
+    return int(re.search(r"VmHWM:\\s*(\\d+)", status)[1]) / 2**10
 
 before = peak()
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(sys.argv[3])
-options.log_severity_level = 3
 session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
-feed = dict(numpy.load(sys.argv[2]))
 for _ in range(3):
-    session.run(None, feed)
+    session.run(None, dict(numpy.load(sys.argv[2])))
 print(peak() - before)
 """
 
 
 def measure_memory(path, feed, threads):
     """Megabytes that making a session and running it add to a fresh process at its peak, without
-    the interpreter and the libraries; NaN where the system does not tell (Windows)."""
+    the interpreter and the libraries; NaN where the system does not tell (not Linux)."""
     with tempfile.TemporaryDirectory() as folder:
         values = Path(folder) / "feed.npz"
         np.savez(values, **feed)
@@ -351,10 +389,8 @@ def measure_memory(path, feed, threads):
 
 def cpu_name():
     """The processor's name, as the system tells it."""
-    told = ""
-    if sys.platform == "linux":
-        told = Path("/proc/cpuinfo").read_text("utf-8")
-    elif sys.platform == "darwin":
+    told = data.cpu_info()
+    if sys.platform == "darwin":
         told = subprocess.run(["sysctl", "machdep.cpu.brand_string"], text=True,
                               capture_output=True).stdout
     match = re.search(r"(?:model name\s*|brand_string): (.*)", told)
@@ -402,10 +438,13 @@ def time_files(args):
                   f"{row['ram_mb']:5.0f} {parameters / 1e6:5.2f} M {multiply_adds / 1e9:6.2f}",
                   flush=True)
     if args.out:
-        data.write_file(args.out / "timing.json", {
-            "cpu": cpu, "onnxruntime": onnxruntime.__version__, "runs": args.runs, "results": rows})
-        data.write_file(args.out / "timing.csv", rows)
-        data.write_file(args.out / "timing.png", draw_timing(rows, cpu))
+        found = {"cpu": cpu, "onnxruntime": onnxruntime.__version__, "runs": args.runs,
+                 "results": rows}
+        with writing(args.out / "timing.json") as part:
+            part.write_text(json.dumps(found, indent=1))
+        data.write_table(args.out / "timing.csv", rows)
+        with writing(args.out / "timing.png") as part:
+            draw_timing(rows, cpu).save(part)
         print(f"wrote {args.out}/: timing.json, timing.csv, timing.png")
 
 
@@ -417,18 +456,18 @@ def draw_timing(rows, cpu):
     bottom = max(450, 40 * len(rows))
     picture = Image.new("RGB", (840, bottom + 50), "white")
     draw = ImageDraw.Draw(picture)
-    place = data.draw_axes(draw, (60, 30, 580, bottom),
-                           [0, 1.2 * max(row["multiply_adds"] / 1e9 for row in rows)],
-                           [0, 1.15 * rows[0]["fps"]], "multiply-adds (10^9)",
-                           f"frames per second, {cpu}; area: parameters")
+    position = data.draw_axes(draw, (60, 30, 580, bottom),
+                              [0, 1.2 * max(row["multiply_adds"] / 1e9 for row in rows)],
+                              [0, 1.15 * rows[0]["fps"]], "multiply-adds (10^9)",
+                              f"frames per second, {cpu}; area: parameters")
     largest = max(row["parameters"] for row in rows) or 1
     for number, row in enumerate(rows):
-        x, y = place(row["multiply_adds"] / 1e9, row["fps"])
+        x, y = position(row["multiply_adds"] / 1e9, row["fps"])
         line = 50 + 40 * number
         draw.line([(x, y), (560, line), (600, line)], (170, 170, 170))
         draw.circle((x, y), 18 * math.sqrt(row["parameters"] / largest), data.RIGHT, "black")
         draw.text((605, line), f"{Path(row['file']).stem[:28]}, "
-                  f"{plural(row['threads'], 'thread')}\n{row['fps']:.1f} FPS, "
+                  f"threads: {row['threads']}\n{row['fps']:.1f} FPS, "
                   f"{row['parameters'] / 1e6:.2f} M", "black", data.font(size=13), "lm")
     return picture
 
@@ -440,8 +479,8 @@ def profile(args, threads):
                            args.runs):
         spent[call["op_name"]].append(call["dur"] / 1e3)
     total = sum(map(sum, spent.values()))
-    print(f"{args.profile}, {cpu_name()}, {plural(threads, 'thread')},\n"
-          f"mean of {plural(args.runs, 'run')}, the measuring included\n"
+    print(f"{args.profile}, {cpu_name()}, threads: {threads},\n"
+          f"runs: {args.runs}; the mean, the measuring included\n"
           f"{'operator':24} {'ms':>8} {'share':>7} {'nodes':>6}")
     for name, calls in sorted(spent.items(), key=lambda item: -sum(item[1])):
         print(f"{name:24} {sum(calls) / args.runs:8.2f} {sum(calls) / total:7.1%} "
@@ -475,9 +514,9 @@ def last_axis_spatial_attention(module, x):
 
 
 @torch.no_grad()
-def byte_form(model):
+def quantisable(model):
     """A trained LAPX -> a copy that is the same function, of modules that can be quantised."""
-    model = one_way(folded(model))
+    model = folded(model)
     set_forms(model, {SpatialAttention: last_axis_spatial_attention, ECA: pooled_eca})
     for module in model.modules():
         if isinstance(module, Block) and module.alpha is not None:
@@ -486,28 +525,28 @@ def byte_form(model):
     return model
 
 
-def calibration_images(network, args, count=64):
+def calibration_images(predictor, args, count=64):
     """Images (N,3,H,W) for the ranges of an 8-bit file: of one's own pictures, or of the training
     people of the network's data set."""
-    dataset = network.info["dataset"]
+    dataset = predictor.info["dataset"]
     if args.image:
         pictures = [data.open_picture(path, upright=True)
                     for path in evaluate.pictures_in(args.image)[:count]]
-        crops = [evaluate.crop_of(network, picture, [0, 0, *picture.size])[0][0]
+        crops = [evaluate.crop_of(predictor, picture, [0, 0, *picture.size])[0][0]
                  for picture in pictures]
     elif dataset:
-        people = data.load_people(dataset, args.data, network.splits[0], network.size,
-                                  network.skeleton, most=count)
-        samples = data.PoseDataset(people, network.size, network.skeleton)
-        crops = [samples[row][1] for row in range(len(people))]
+        people = data.load_people(dataset, args.data, predictor.splits[0], predictor.skeleton)
+        dataset = data.PoseDataset(people, predictor.size, predictor.skeleton)
+        spread = np.linspace(0, len(people) - 1, min(count, len(people))).astype(int)
+        crops = [dataset[row][1] for row in spread.tolist()]
     else:
         raise InputError("--int8 needs pictures for its ranges; give --image with some")
-    print(f"ranges from {plural(len(crops), 'picture')}")
-    return normalise(torch.stack(crops), *network.normalisation).contiguous()
+    print(f"ranges from {len(crops)} pictures")
+    return normalise(torch.stack(crops), *predictor.normalisation).contiguous()
 
 
 def quantised(proto, images, batch):
-    """byte_form's graph, an ONNX model -> the same in 8 bits. images (N,3,H,W), which it takes in
+    """quantisable's graph, an ONNX model -> the same in 8 bits. images (N,3,H,W), which it takes in
     batches: those on which the ranges of its values are seen."""
     feeds = iter([{"images": images[torch.arange(start, start + batch) % len(images)].numpy()}
                   for start in range(0, len(images), batch)])
@@ -578,13 +617,16 @@ def elus_of_bytes(graph):
 # ---------------------------------------------------------------------------- flags
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --weights FILE | --time ONNX .. | --profile ONNX | --costs",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--weights", metavar="FILE", help="export mpii, coco, coco-384x288, a checkpoint or .tar")
     add("--time", type=Path, nargs="+", metavar="ONNX",
         help="time files side by side; the ratio is to the first one")
     add("--profile", type=Path, metavar="ONNX", help="time per operator")
+    add("--costs", action="store_true", help="parameters and cost of every variant beside the "
+        "paper's figures (thop: counted as the paper's tool counts)")
     add = parser.add_argument_group("export").add_argument
     add("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
     add("--bgr", action="store_true", help="the network was trained on BGR pictures")
@@ -612,14 +654,19 @@ def main():
     if args.time:
         data.refuse_unused(parser, args, "--time", "time threads runs input out")
         time_files(args)
+    elif args.costs:
+        data.refuse_unused(parser, args, "--costs", "costs")
+        print_costs()
     elif args.profile:
         data.refuse_unused(parser, args, "--profile", "profile threads runs input")
         for threads in args.threads:
             profile(args, threads)
     else:
         used = "weights skeleton bgr batch all_stages keypoints plain int8 input out"
-        data.refuse_unused(parser, args, "--int8" if args.int8 else "--weights without --int8",
-                           used + " data image" * args.int8)
+        if args.int8:
+            data.refuse_unused(parser, args, "--int8", used + " data image")
+        else:
+            data.refuse_unused(parser, args, "--weights without --int8", used)
         if args.plain and args.int8:
             parser.error("--plain is the float32 network as it was trained, --int8 another one")
         if args.data and args.image:
