@@ -717,26 +717,31 @@ def draw_figure(joints, head, size, rng):
 
 def read_synthetic(root, split, *given):
     """The People of the synthetic data set: 1200 to train on, 200 others as valid. It is in MPII's
-    layout, and is drawn into the folder root, whole or not at all, if that is not there."""
+    layout, and is drawn into the folder root, whole or not at all, if that is empty or missing."""
     if not root.exists() or not any(root.iterdir()):
         print(f"drawing synthetic people into {root}", flush=True)
         part = root.with_name(f".part{os.getpid()}.{root.name}")
-        (part / "annot").mkdir(parents=True)
-        (part / "images").mkdir()
-        for seed, (name, count) in enumerate((("train", 1200), ("valid", 200))):
-            entries = []
-            for number in range(count):
-                entry, picture = synthetic_person(seed, number)
-                entries.append(entry | {"image": f"{name}{number}.png"})
-                picture.save(part / "images" / entries[-1]["image"])
-            (part / f"annot/{name}.json").write_text(json.dumps(entries))
         try:
+            draw_synthetic(part)
             part.rename(root)
-        except OSError:
-            shutil.rmtree(part)
-            if not root.exists():
-                raise  # else another process was quicker
+        except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if not (root / "annot").exists():  # else another process was quicker
+                raise InputError(f"{root} can't be written ({error.strerror}); --data names "
+                                 "another folder, with --dataset synthetic") from error
     return read_mpii(root, split, *given)
+
+
+def draw_synthetic(root):
+    (root / "annot").mkdir(parents=True)
+    (root / "images").mkdir()
+    for seed, (name, count) in enumerate((("train", 1200), ("valid", 200))):
+        entries = []
+        for number in range(count):
+            entry, picture = synthetic_person(seed, number)
+            entries.append(entry | {"image": f"{name}{number}.png"})
+            picture.save(root / "images" / entries[-1]["image"])
+        (root / f"annot/{name}.json").write_text(json.dumps(entries))
 
 
 @dataclass(frozen=True)

@@ -1197,6 +1197,22 @@ def test_synthetic_people_are_drawn_once_and_are_others_in_valid_and_partly_outs
         assert np.allclose(people.box[row, :2], (inside.min(0) + inside.max(0)) / 2, atol=80)
 
 
+def test_of_processes_that_draw_synthetic_people_one_is_the_first(tmp_path, monkeypatch, mpii):
+    monkeypatch.setattr(data, "draw_synthetic", lambda root: root.mkdir())
+
+    def slow_rename(part, root):
+        shutil.copytree(mpii, root)  # another process's
+        raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(Path, "rename", slow_rename)
+    assert len(data.read_synthetic(tmp_path / "synthetic", "train")) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["synthetic"]
+    monkeypatch.undo()
+    write_file(tmp_path / "file", "no folder")
+    with pytest.raises(InputError, match="file/synthetic can't be written .* --data names another"):
+        data.read_synthetic(tmp_path / "file/synthetic", "train")
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
 def test_pictures_of_every_mode_are_read(mode, tmp_path):
     picture = Image.fromarray(np.full((20, 30), 128, np.uint8)).convert("RGB").convert(mode)
@@ -3083,6 +3099,18 @@ def test_best_is_the_best_epoch_and_last_the_last_one(mpii, tmp_path, monkeypatc
     assert torch.equal(last["model"]["stem.conv.weight"], seen[3])
     assert [row["Mean"] for row in last["history"]] == scores[:4]
     assert re.findall(r"^ +(\d\.00)$", text, re.M) == ["1.00", "2.00"]
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    model = LAPX(TINY)
+    optimiser = torch.optim.Adam(model.parameters())
+    history = []
+    for number, (score, best) in enumerate(((np.nan, False), (5, True), (np.nan, False))):
+        history.append({"epoch": number + 1, "Mean": score})
+        train.save(tmp_path, network_of(model, (64, 64)), recipe_of(), optimiser, history, "Mean")
+        assert len(lapx.load_file(tmp_path / "last.pt")["history"]) == number + 1
+        assert (tmp_path / "best.pt").exists() == best
+        (tmp_path / "best.pt").unlink(missing_ok=True)
 
 
 def test_the_end_of_a_run_draws_what_was_found_with_the_flip_test(mpii, tmp_path, monkeypatch):

@@ -531,10 +531,10 @@ def print_epoch(history, metric, epochs, eval_every):
 
 def save(out, predictor, recipe, optimiser, history, metric):
     """log.csv, last.pt and, of an epoch that scores as well as any before, best.pt."""
-    row = history[-1]
+    scores = [row[metric] for row in history if not np.isnan(row.get(metric, np.nan))]
     content = {"config": asdict(predictor.model.config), "info": predictor.info,
                "recipe": vars(recipe), "history": history, "model": predictor.model.state_dict()}
-    if metric in row and all(row[metric] >= other.get(metric, -1) for other in history):
+    if scores and history[-1].get(metric) == max(scores):
         with writing(out / "best.pt") as part:
             torch.save(content, part)
     data.write_table(out / "log.csv", history)
