@@ -211,8 +211,8 @@ def coco_ap(file, entries, path):
     """The ten numbers of COCO's keypoint task, equal to pycocotools: {AP, AP50, ..., ARL}.
 
     file: a data.CocoFile, the truth. entries: COCO results, parsed. path: their file, for errors. A
-    number is from 0 to 1, or -1 where there is nobody to find; of several categories
-    the mean over those with somebody to find, each on its own."""
+    number is from 0 to 1, or -1 where there is nobody to find; of several categories it is the mean
+    over those with somebody to find, each on its own."""
     persons, results = as_pycocotools_has_them(file, entries, path)
     groups = []  # of one picture and category; only where a detection may be a hit, to save time
     persons_in = rows_by_group(persons)
