@@ -26,7 +26,7 @@ It needs torch alone: copy it and it works. The network at 256 x 256 (PAPER Figu
 
 Every stage learns the same heatmaps; each is given those of the one before, and improves on them. A
 heatmap says where a joint may be: convolutions learn that more easily than coordinates. Of 2.31
-million parameters 1.77 are in hourglasses, 0.37 behind them, 0.12 in the stem, 0.04 in attention.
+million parameters 1.77 are in hourglass blocks, 0.37 behind, 0.12 in the stem, 0.04 in attention.
 
 Glossary. One letter means one thing, unless a docstring says otherwise:
     B batch    C channels    K joints    S stages, from 1 in logs, from 0 in names of tensors
