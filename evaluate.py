@@ -434,7 +434,8 @@ def open_predictor(weights, device="auto", size=None, skeleton=None, bgr=False):
             model = partial(run_session, session, weights)
             info = json.loads(session.get_modelmeta().custom_metadata_map.get("lapx", "{}"))
         else:
-            model = create_model(weights=weights).eval()
+            with reading(weights, "the weights of a LAPX network, the whole file"):
+                model = create_model(weights=weights).eval()
             model.to(device, memory_format=data.memory_format(device))
             info = model.info or assumed_info(weights, model)
         info = DEFAULT_INFO | info

@@ -238,7 +238,9 @@ def export(args):
         raise InputError(f"that is more than {allowed:g}: no file is written")
     with writing(args.out) as part:
         part.write_bytes(content)
-    print(f"wrote {args.out}; score it with evaluate.py before you use it")
+    print(f"wrote {args.out}")
+    if args.int8:
+        print("score it with evaluate.py before you use it")
 
 
 # ---------------------------------------------------------------------------- what a network costs

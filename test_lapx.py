@@ -436,7 +436,7 @@ def test_weights_of_16_bits_become_a_network_of_32(tmp_path):
     (lambda tensors: tensors.update({"stages.0.head.weight": torch.ones(1).expand(9, 9**5, 1, 1)}),
      "size mismatch"),
     (lambda tensors: tensors.update({"stem.bn.bias": torch.ones(4).to(torch.float8_e4m3fn)}),
-     "must be a network that tells its joints(?s:.*), but it is not"),
+     "must be the weights of a LAPX network, the whole file, but it is not"),
     (lambda tensors: tensors.pop("stages.0.head.weight"), "no tensor is named stages.0.head")])
 def test_weights_that_do_not_fit_are_listed(change, complaint, tmp_path):
     tensors = LAPX(TINY).state_dict()
@@ -512,7 +512,7 @@ def test_the_authors_weights_are_fetched_once_by_name(authors, capsys, monkeypat
     (authors / "there/LAPX_MPII_256_256.tar").unlink()
     network = evaluate.open_predictor("mpii")
     assert network.size == (256, 256) and network.skeleton == MPII
-    with pytest.raises(InputError, match="./mpii must be a network"):
+    with pytest.raises(InputError, match="./mpii must be the weights of a LAPX network"):
         evaluate.open_predictor("./mpii")
 
 
@@ -641,8 +641,8 @@ def test_a_missing_a_truncated_and_a_foreign_file_get_a_sentence(tmp_path):
     torch.save(LAPX(TINY).state_dict(), tmp_path / "file.pt")
     (tmp_path / "half.pt").write_bytes((tmp_path / "file.pt").read_bytes()[:5000])
     write_file(tmp_path / "text.pt", "hello")
-    for name, complaint in (("none.pt", "no such file"), ("half.pt", "must be a network"),
-                            ("text.pt", "must be a network")):
+    for name, complaint in (("none.pt", "no such file"), ("half.pt", "must be the weights of"),
+                            ("text.pt", "must be the weights of")):
         with pytest.raises(InputError, match=complaint):
             evaluate.open_predictor(tmp_path / name)
 
@@ -3742,6 +3742,8 @@ def test_a_curve_is_drawn_for_every_gamma():
 
 
 def test_samples_are_drawn_without_a_run(mpii, tmp_path):
+    code, text = run("train.py", "--show", tmp_path / "samples.jpg", check=False)
+    assert code != 0 and "samples.jpg must end in .png" in text
     run("train.py", *arguments(mpii, tmp_path / "run", "--show", tmp_path / "samples.png"))
     sheet = Image.open(tmp_path / "samples.png")
     assert sheet.size == (6 * 68 + 4, 4 * 68 + 4) and len(sheet.getcolors(10**6)) > 100

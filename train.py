@@ -204,7 +204,7 @@ def train(args, rank, world):
     batch_size = whole_batches(recipe, len(dataset), world)
     if args.show:
         with writing(args.show) as part:
-            data.show_samples(dataset).save(part, "PNG")
+            data.show_samples(dataset).save(part)
         print(f"wrote {args.show}")
         return None
     predictor = make_predictor(recipe, dataset.skeleton, device, world)
@@ -632,7 +632,10 @@ def parse():
         help="score after every N epochs and after the last (default: 1)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     data.add_workers_argument(add)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.show and args.show.suffix != ".png":
+        parser.error(f"--show {args.show} must end in .png")
+    return args
 
 
 if __name__ == "__main__":
