@@ -370,18 +370,18 @@ def decode(heatmaps, quarter_offset=True):
     flat = heatmaps.flatten(2)  # (B,K,h*w)
     peak = flat.argmax(dim=2, keepdim=True)  # (B,K,1)
     scores = flat.gather(2, peak)  # (B,K,1)
-    x = peak % w
-    y = peak // w
+    y = (peak / w).floor()  # peak // w, by operators that every ONNX engine has
+    x = peak - w * y
+
+    padded = F.pad(flat, (w, w))  # so that every peak has neighbours
 
     def higher(step):  # 1, 0 or -1: is the pixel after the peak higher than the one before it?
-        after = flat.gather(2, (peak + step).clamp(max=h * w - 1))
-        before = flat.gather(2, (peak - step).clamp(min=0))
-        return (after - before).sign()
+        return (padded.gather(2, peak + w + step) - padded.gather(2, peak + w - step)).sign()
 
     keypoints = torch.cat([x, y], dim=2).to(flat.dtype)  # (B,K,2)
     if quarter_offset:
         # neighbours beyond the border are those of other rows: no offset there
-        inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)  # (B,K,1)
+        inside = torch.minimum(x, w - x).minimum(y).minimum(h - y) > 1  # (B,K,1)
         keypoints = keypoints + 0.25 * inside * torch.cat([higher(1), higher(w)], dim=2)
     return keypoints * (scores > 0), scores[..., 0]
 
