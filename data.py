@@ -228,6 +228,7 @@ class People:
     head_source: str = ""  # what the head sizes are, in words
     truth: "CocoFile | None" = None  # what average precision compares with
     category_id: np.ndarray | None = None  # (N,) int64
+    area: np.ndarray | None = None  # (N,) square pixels, what OKS measures with
     picture_size: np.ndarray | None = None  # (N,2) width, height as annotated; 0 if they are not
     loaded: Image.Image | None = None  # the one picture that all are in, instead of files
     unscored: str = ""  # why they can't be scored, in words
@@ -463,18 +464,20 @@ def read_coco(root, split, skeleton=SKELETONS["coco"], boxes="gt"):
     if boxes == "gt":
         rows, pictures, found = annotated_boxes(file)
         category = file.persons["category_id"][rows]
+        area = file.persons["area"][rows]
         scores = np.ones(len(rows))
         keypoints = file.persons["keypoints"][rows]
     else:
         find = picture_finder(file.images["id"].tolist(), folder, file.files.tolist())
         pictures, category, found, scores = read_detections(boxes, find, file.categories)
+        area = None
         keypoints = np.zeros((len(pictures), len(skeleton.joints), 3))
     sizes = np.column_stack([file.images["width"], file.images["height"]])
     return People(
         folder=folder, files=file.files[pictures], box=padded(found), box_score=scores,
         image_id=file.images["id"][pictures].astype(np.int64), joints=keypoints[..., :2],
         annotated=keypoints[..., 2] > 0, truth=file, category_id=category.astype(np.int64),
-        picture_size=sizes[pictures].astype(int))
+        area=area, picture_size=sizes[pictures].astype(int))
 
 
 def annotated_boxes(file):
@@ -716,7 +719,7 @@ def draw_figure(joints, head, size, rng):
 
 
 def read_synthetic(root, split, *given):
-    """The People of the synthetic data set: 1200 to train on, 200 others as valid. It is in MPII's
+    """The People of the synthetic data set: 400 to train on, 200 others as valid. It is in MPII's
     layout, and is drawn into the folder root, whole or not at all, if that is empty or missing."""
     if not root.exists() or not any(root.iterdir()):
         print(f"drawing synthetic people into {root}", flush=True)
@@ -735,7 +738,7 @@ def read_synthetic(root, split, *given):
 def draw_synthetic(root):
     (root / "annot").mkdir(parents=True)
     (root / "images").mkdir()
-    for seed, (name, count) in enumerate((("train", 1200), ("valid", 200))):
+    for seed, (name, count) in enumerate((("train", 400), ("valid", 200))):
         entries = []
         for number in range(count):
             entry, picture = synthetic_person(seed, number)
@@ -754,7 +757,7 @@ class DatasetInfo:
 
 
 DATASETS = {
-    "synthetic": DatasetInfo(read_synthetic, "mpii", ("train", "valid"), (128, 128), (0.25, 20)),
+    "synthetic": DatasetInfo(read_synthetic, "mpii", ("train", "valid"), (128, 128), (0.1, 5)),
     "mpii": DatasetInfo(read_mpii, "mpii", ("train", "valid"), (256, 256), (0.25, 40)),
     "coco": DatasetInfo(read_coco, "coco", ("train2017", "val2017"), (256, 192), (0.30, 40)),
 }
@@ -827,9 +830,14 @@ def heat(picture, heatmap, caption=""):
     glow = ImageOps.colorize(level, "black", "white", mid="red")
     dimmed = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size), 0.5)
     drawn = Image.composite(glow, dimmed, level)
-    ImageDraw.Draw(drawn).text((3, 2), caption, "white", font(size=12), stroke_width=1,
-                               stroke_fill="black")
+    write_caption(drawn, caption)
     return drawn
+
+
+def write_caption(picture, text):
+    """Writes into the upper left corner of a picture, in place."""
+    ImageDraw.Draw(picture).text((3, 2), text, "white", font(size=12), stroke_width=1,
+                                 stroke_fill="black")
 
 
 def grid(pictures, columns, gap=4):
@@ -844,29 +852,42 @@ def grid(pictures, columns, gap=4):
     return sheet
 
 
+def round_numbers(values):
+    """Two to seven round numbers, evenly spaced, that enclose the values; of whole values, whole
+    ones."""
+    low = min(values)
+    span = (max(values) - low) or 1.0
+    whole = all(float(value).is_integer() for value in values)
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next(step for step in power * np.array([0.2, 0.25, 0.5, 1, 2])
+                if span / step <= 5 and (step.is_integer() or not whole))
+    return step * np.arange(math.floor(low / step), math.ceil((low + span) / step) + 1)
+
+
 def draw_axes(draw, box, xs, ys, xlabel, ylabel):
     """A pair of axes in a box (left, top, right, bottom) of a picture, with room for the values xs
     and ys -> a function from (x, y) to the position in pixels."""
     left, top, right, bottom = box
-    low = np.array([min(xs), min(ys)], float)
-    high = np.array([max(xs), max(ys)], float)
-    high += high == low
+    columns = round_numbers(xs)
+    rows = round_numbers(ys)
 
     def position(x, y):
-        across, up = (np.array([x, y]) - low) / (high - low)
+        across = (x - columns[0]) / (columns[-1] - columns[0])
+        up = (y - rows[0]) / (rows[-1] - rows[0])
         return left + across * (right - left), bottom - up * (bottom - top)
 
-    for x, y in np.linspace(low, high, 5):
-        draw.text((position(x, y)[0], bottom + 4), f"{x:.3g}", "black", font(size=12), "ma")
-        draw.text((left - 6, position(x, y)[1]), f"{y:.3g}", "black", font(size=12), "rm")
-        draw.line((left, position(x, y)[1], right, position(x, y)[1]), (225, 225, 225))
+    for x in columns:
+        draw.text((position(x, 0)[0], bottom + 4), f"{x:g}", "black", font(size=12), "ma")
+    for y in rows:
+        draw.text((left - 6, position(0, y)[1]), f"{y:g}", "black", font(size=12), "rm")
+        draw.line((left, position(0, y)[1], right, position(0, y)[1]), (225, 225, 225))
     draw.rectangle(box, outline="black")
     draw.text(((left + right) / 2, bottom + 22), xlabel, "black", font(size=14), "ma")
     draw.text((left, top - 6), ylabel, "black", font(size=14), "ls")
     return position
 
 
-def show_samples(dataset, targets=True, count=12):
+def show_samples(dataset, targets=True, count=12, captions=()):
     """A sheet of samples: each crop with its joints, beside it all its targets, if wanted."""
     sheet = []
     for number in range(count):
@@ -876,8 +897,95 @@ def show_samples(dataset, targets=True, count=12):
         maps, mask = gaussian_targets(joints[None], annotated[None], dataset.size)
         learnt = heat(picture, maps[0].amax(0).numpy())
         draw_pose(picture, torch.cat([joints, mask[0, :, None]], 1).numpy(), dataset.skeleton)
+        write_caption(picture, captions[number] if captions else "")
         sheet += [picture, learnt] if targets else [picture]
     return grid(sheet, columns=6)
+
+
+# ---------------------------------------------------------------------------- deployment
+
+def run_onnx(session, images):
+    """An ONNX Runtime session's outputs for images (B,3,H,W), a list of numpy arrays. A file of a
+    fixed batch gets as many as it wants, the last ones repeated."""
+    takes = session.get_inputs()[0]
+    fixed = isinstance(takes.shape[0], int)
+    batch = takes.shape[0] if fixed else 32
+    runs = []
+    for start in range(0, len(images), batch):
+        part = images[start:start + batch]
+        if fixed:
+            part = np.resize(part, (batch, *part.shape[1:]))
+        runs.append(session.run(None, {takes.name: part}))
+    return [np.concatenate(parts)[:len(images)] for parts in zip(*runs)]
+
+
+class Pose:
+    """The joints of persons by an ONNX file of export.py: Pose("lapx.onnx")(picture, boxes).
+
+    It needs numpy, Pillow and onnxruntime alone, and nothing of this project but functions that
+    need no more: `export.py --pose pose.py` writes them and the class to a file. joints: the K
+    names. A joint is where evaluate.predict_picture has it; of doubles none is left out."""
+
+    def __init__(self, path, threads=0, provider="CPUExecutionProvider"):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # 0: one per core
+        self.session = onnxruntime.InferenceSession(path, options, [provider])
+        self.info = json.loads(self.session.get_modelmeta().custom_metadata_map["lapx"])
+        self.joints = self.info["skeleton"]["joints"]
+
+    def __call__(self, picture, boxes=None, flip=False):
+        """A Pillow picture of 8 bits; boxes (n,4) of persons in it, as left, top, width, height,
+        default: the whole picture -> (n,K,3), x and y in pixels of the upright picture, counted
+        from 0, and score, about 1 for a joint in clear view.
+
+        flip: the flip test, twice the time for somewhat better joints. ValueError for other
+        pictures and boxes."""
+        if picture.mode[0] in "IF":
+            raise ValueError(f"the picture's mode is {picture.mode}: bring it to 8 bits first")
+        picture = ImageOps.exif_transpose(picture).convert("RGB")
+        boxes = np.array([[0, 0, *picture.size]] if boxes is None else boxes, float).reshape(-1, 4)
+        if not (boxes[:, 2:] > 0).all():
+            raise ValueError(f"a box is left, top, width, height, unlike one of {boxes.tolist()}")
+        if len(boxes) == 0:
+            return np.zeros((0, len(self.joints), 3))
+        size = self.info["input"]  # height, width
+        to_crop = np.stack([affine(box, size) for box in padded(boxes)])  # (n,3,3)
+        crops = np.stack([crop(picture, matrix, size) for matrix in to_crop])  # (n,H,W,3)
+        heatmaps = self.heatmaps(crops)  # (n,K,h,w)
+        if flip and self.info["skeleton"]["flip_pairs"]:
+            order = np.arange(len(self.joints))
+            for pair in self.info["skeleton"]["flip_pairs"]:
+                order[pair] = order[pair[::-1]]
+            mirrored = self.heatmaps(crops[:, :, ::-1])[:, order, :, ::-1]
+            shifted = np.concatenate([mirrored[..., :1], mirrored[..., :-1]], axis=3)
+            heatmaps = (heatmaps + shifted) / 2
+        found = self.decode(heatmaps)  # in heatmap pixels
+        found[..., :2] = transform(STRIDE * found[..., :2], np.linalg.inv(to_crop))
+        return found
+
+    def heatmaps(self, crops):
+        """Crops (n,H,W,3) uint8 RGB -> heatmaps (n,K,h,w)."""
+        images = crops.astype(np.float32)
+        if self.info["colour"] == "BGR":
+            images = images[..., ::-1]
+        images = (images / 255 - np.float32(self.info["mean"])) / np.float32(self.info["std"])
+        images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (n,3,H,W)
+        names = [output.name for output in self.session.get_outputs()]
+        return run_onnx(self.session, images)[names.index("heatmaps")]
+
+    def decode(self, heatmaps):
+        """Heatmaps (n,K,h,w) -> (n,K,3), x and y in heatmap pixels, score: lapx.decode in numpy."""
+        h, w = heatmaps.shape[2:]
+        y, x = np.divmod(heatmaps.reshape(*heatmaps.shape[:2], h * w).argmax(2), w)  # (n,K)
+        n, k = np.indices(x.shape)
+        scores = heatmaps[n, k, y, x]
+        right = np.sign(heatmaps[n, k, y, (x + 1) % w] - heatmaps[n, k, y, x - 1])
+        down = np.sign(heatmaps[n, k, (y + 1) % h, x] - heatmaps[n, k, y - 1, x])
+        inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
+        found = np.stack([x + 0.25 * inside * right, y + 0.25 * inside * down, scores], axis=2)
+        return found * (scores > 0)[..., None]
 
 
 # ---------------------------------------------------------------------------- files

@@ -11,7 +11,6 @@ Both metrics are written here by hand, in numpy; COCO's equals pycocotools."""
 
 import argparse
 import json
-import math
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -46,9 +45,9 @@ def flip_back(heatmaps, order, shift=True):
 
 
 def predict(predictor, loader, flip=True, shift=True, quarter_offset=True):
-    """Joints of the People in a crop_loader, a DataLoader of PoseDataset's samples: (N,K,3) as x, y
-    in pixels of the pictures, counted from 0, and score. predictor: a Predictor, which normalises
-    crops and runs the network.
+    """Joints of the People in a crop_loader, a DataLoader of PoseDataset's samples, as every stage
+    sees them: (S,N,K,3) as x, y in pixels of the pictures, counted from 0, and score. The last
+    stage's are the prediction. predictor: a Predictor, which normalises crops and runs the network.
 
     flip: the flip test, which averages the heatmaps of a crop and of its mirror image, if the
     skeleton has flip pairs; shift, quarter_offset: see flip_back and lapx.decode. The protocol is
@@ -56,16 +55,18 @@ def predict(predictor, loader, flip=True, shift=True, quarter_offset=True):
     if isinstance(predictor.model, torch.nn.Module):
         predictor.model.eval()
     people = loader.dataset.people
-    keypoints = np.zeros((len(people), len(predictor.skeleton.joints), 3))
     order = flip_order(predictor.skeleton)
-    for rows, crops, _, _ in data.progress(loader, "batches"):
+    batches = []
+    for _, crops, _, _ in data.progress(loader, "batches"):
         crops = crops.to(predictor.device, non_blocking=True)
-        heatmaps = predictor(crops)[-1]  # (B,K,h,w)
+        heatmaps = torch.cat(predictor(crops))  # (S*B,K,h,w)
         if flip and predictor.skeleton.flip_pairs:
-            of_mirrored = predictor(crops.flip(2))[-1]  # crops are (B,H,W,3)
+            of_mirrored = torch.cat(predictor(crops.flip(2)))  # crops are (B,H,W,3)
             heatmaps = (heatmaps + flip_back(of_mirrored, order, shift)) / 2
-        points, scores = decode(heatmaps, quarter_offset)  # (B,K,2), (B,K)
-        keypoints[rows] = torch.cat([STRIDE * points, scores[..., None]], dim=2).cpu()
+        points, scores = decode(heatmaps, quarter_offset)  # (S*B,K,2), (S*B,K)
+        found = torch.cat([STRIDE * points, scores[..., None]], dim=2)
+        batches.append(found.unflatten(0, (-1, len(crops))).cpu())  # (S,B,K,3)
+    keypoints = torch.cat(batches, dim=1).double().numpy()  # (S,N,K,3)
     if not np.isfinite(keypoints).all():
         raise InputError("the network's heatmaps are not finite; take an earlier checkpoint")
     to_crop = [affine(box, predictor.size) for box in people.box]
@@ -480,29 +481,31 @@ def choose_device(name):
     return name
 
 
-def open_session(path, threads=0, **settings):
-    """An ONNX Runtime session on the CPU, with threads (0: one per core) and other settings of its
-    SessionOptions; InputError if the file is not one for it."""
+def open_session(path, threads=0, provider="CPU", **settings):
+    """An ONNX Runtime session, with threads (0: one per core), an execution provider by name and
+    other settings of its SessionOptions; InputError if the file is not one for it."""
     import onnxruntime
 
+    wanted = f"{provider}ExecutionProvider"
+    known = onnxruntime.get_available_providers()
     options = onnxruntime.SessionOptions()
     settings = {"intra_op_num_threads": threads, "log_severity_level": 4} | settings
     for name, value in settings.items():
         setattr(options, name, value)
     with reading(path, "an ONNX file that ONNX Runtime can run"):
         open(path).close()  # a missing file is told as such
-        return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            path, options, [wanted if wanted in known else "CPUExecutionProvider"])
+    if wanted not in session.get_providers():  # one that fails to start is replaced by the CPU
+        known = ", ".join(other.removesuffix("ExecutionProvider") for other in known)
+        raise InputError(f"ONNX Runtime can't use --provider {provider} here; it has {known}")
+    return session
 
 
 def run_session(session, path, images):
     """An ONNX Runtime session's outputs for images (B,3,H,W), a list of tensors."""
-    takes = session.get_inputs()[0]
     with reading(path, f"a network for images {tuple(images.shape)}, see --input"):
-        batch = takes.shape[0] if isinstance(takes.shape[0], int) else len(images)
-        batches = math.ceil(len(images) / batch)
-        rows = torch.arange(batches * batch) % len(images)  # the last one is filled with the first
-        runs = [session.run(None, {takes.name: images[part].numpy()}) for part in rows.split(batch)]
-        return [torch.from_numpy(np.concatenate(parts)[:len(images)]) for parts in zip(*runs)]
+        return [torch.from_numpy(output) for output in data.run_onnx(session, images.numpy())]
 
 
 # ---------------------------------------------------------------------------- scoring a split
@@ -514,25 +517,29 @@ def crop_loader(predictor, people, batch_size=32, workers=0):
     return data.make_loader(dataset, batches, workers, predictor.device.type == "cuda")
 
 
-def report(metrics, what, heads, path=None):
-    """Prints what was scored, how (heads: what PCKh's head sizes are, in words), and the numbers,
-    which also go to a file if path names one."""
-    numbers = metrics.values()
-    width = 8
-    if "AP" in metrics:
+def report(stages, what, heads, path=None):
+    """Prints what was scored, how (heads: what PCKh's head sizes are, in words), and the numbers of
+    the stages, a list of score's dictionaries. The last ones, which are the network's, also go to a
+    file if path names one, those of all stages if there are several."""
+    percent = 1
+    if "AP" in stages[-1]:
+        percent = 100
         what += (f"\nOKS average precision in percent, {MAX_DETECTIONS} detections a picture; -1: "
                  "there is nobody to find")
-        numbers = [100 * value if value >= 0 else value for value in numbers]
-        width = 7
     else:
         what += (f"\nPCKh@0.5: distance <= half a head size, {heads};\nMean over 14 joints, "
                  "without pelvis and thorax")
     print(what)
-    print(" ".join(f"{name:>{width}}" for name in metrics))
-    print(" ".join(f"{value:{width}.2f}" for value in numbers), flush=True)
+    several = len(stages) > 1
+    print("stage  " * several + "  ".join(f"{name:>6}" for name in stages[-1]))
+    for number, metrics in enumerate(stages, start=1):
+        print(f"{number:5}  " * several + "  ".join(
+            f"{percent * value if value >= 0 else value:{max(6, len(name))}.2f}"
+            for name, value in metrics.items()), flush=True)
     if path:
-        write_results(path, {name: None if np.isnan(value) else value
-                             for name, value in metrics.items()})
+        known = [{name: None if np.isnan(value) else value for name, value in metrics.items()}
+                 for metrics in stages]
+        write_results(path, known[-1] | ({"stages": known} if several else {}))
 
 
 def evaluate_dataset(args, predictor):
@@ -542,6 +549,9 @@ def evaluate_dataset(args, predictor):
         raise InputError(f"{args.weights} does not tell its data set; name a --dataset or --image")
     if dataset != "coco" and args.boxes != "gt":
         raise InputError(f"--boxes means nothing with {dataset}, whose boxes are annotated")
+    if args.stages and len(predictor(torch.zeros(1, *predictor.size, 3, dtype=torch.uint8))) == 1:
+        raise InputError(f"{args.weights} gives the heatmaps of one stage: leave out --stages, or "
+                         "export the checkpoint with --all-stages")
     own = dataset == predictor.info["dataset"]
     split = args.split or (predictor.splits if own else DATASETS[dataset].splits)[1]
     people = data.load_people(dataset, args.data, split, predictor.skeleton, args.boxes)
@@ -555,22 +565,49 @@ def evaluate_dataset(args, predictor):
         flips = [False, True] if flips[0] else [False]
     for flip in flips:
         keypoints = predict(predictor, loader, flip, not args.no_shift, not args.no_offset)
-        results = results_of(keypoints, people, predictor)
+        keypoints = keypoints if args.stages else keypoints[-1:]
+        results = [results_of(found, people, predictor) for found in keypoints]
         path = args.out / ("results.json" if people.truth else "pred.mat")
-        write_results(path, results)
+        write_results(path, results[-1])
         how = "no flip test"
         if flip:
             how = f"flip test {'without' if args.no_shift else 'with'} shift"
         if args.no_offset:
             how += ", no quarter offset"
-        metrics = score(results, people)
-        if metrics:
+        if not people.unscored:
             name = "metrics.json" if flip or not args.both else "metrics_no_flip.json"
-            report(metrics, f"{dataset} {split}, {len(people)} persons, boxes {boxes},\ninput "
-                   f"{predictor.size[0]}x{predictor.size[1]}, {how}", people.head_source,
-                   args.out / name)
+            report([score(found, people) for found in results], f"{dataset} {split}, "
+                   f"{len(people)} persons, boxes {boxes},\ninput {predictor.size[0]}x"
+                   f"{predictor.size[1]}, {how}", people.head_source, args.out / name)
     if people.unscored:
         print(f"{dataset} {split}: there is no score, as {people.unscored}")
+    elif people.annotated.any():  # nobody is in a detector's boxes
+        with writing(args.out / "worst.png") as part:
+            draw_worst(keypoints[-1], people, predictor).save(part)
+        print(f"wrote {args.out / 'worst.png'}")
+
+
+def draw_worst(keypoints, people, predictor, count=12):
+    """A sheet of the People with the lowest score of their own, PCKh, or OKS of COCO's: the joints
+    of keypoints (N,K,3) that are annotated, and beside them the true ones."""
+    if people.truth:
+        what = "OKS"
+        truth = np.concatenate([people.joints, people.annotated[..., None]], axis=2)
+        own = [object_keypoint_similarity(found[None, :, :2], joints, area, None,
+                                          people.truth.sigmas)[0]
+               for found, joints, area in zip(keypoints, truth, people.area)]
+    else:
+        what = "PCKh"
+        own = [pckh(keypoints[[row], :, :2], people.joints[[row]], people.annotated[[row]],
+                    people.head_size[[row]])["Mean"] for row in range(len(people))]
+    worst = np.argsort(own)[:count]  # NaN last
+    pairs = people.rows(np.repeat(worst, 2))
+    pairs.joints[::2] = keypoints[worst, :, :2]
+    height, width = predictor.size
+    captions = [caption for row in worst for caption in
+                (f"{people.files[row]}\n{what} {own[row]:.3g}", "the truth")]
+    return data.show_samples(PoseDataset(pairs, (2 * height, 2 * width), predictor.skeleton),
+                             targets=False, count=len(pairs), captions=captions)
 
 
 def write_results(path, results):
@@ -593,7 +630,7 @@ def evaluate_results(args):
             raise InputError(f"{args.results}: a .mat file has MPII's joints, not COCO's")
         people = DATASETS[dataset].read(Path(args.data or f"data/{dataset}"), split)
         predictions = data.read_mat(args.results, {"preds": (len(people), 16, 2)})["preds"]
-        report(score(predictions, people), f"{args.results}: {dataset} {split}, {len(people)} "
+        report([score(predictions, people)], f"{args.results}: {dataset} {split}, {len(people)} "
                "persons", people.head_source, args.out / "metrics.json")
     else:
         truth = data.read_coco_file(args.annotations, SKELETONS[args.skeleton or "coco"])
@@ -601,7 +638,7 @@ def evaluate_results(args):
         if reason:
             raise InputError(f"{args.annotations} can't be scored: {reason}")
         metrics = coco_ap(truth, data.read_json(args.results), args.results)
-        report(metrics, f"{args.results}: {args.annotations}", "", args.out / "metrics.json")
+        report([metrics], f"{args.results}: {args.annotations}", "", args.out / "metrics.json")
 
 
 # ---------------------------------------------------------------------------- own pictures
@@ -630,8 +667,10 @@ def predict_picture(predictor, picture, boxes=None, scores=None, batch_size=32, 
     if not ((high > low) & (high > 0) & (low < picture.size) & np.isfinite(high)).all():
         raise InputError("a box is X Y W H, W and H above 0, partly in the picture of "
                          f"{picture.width}x{picture.height}, unlike one of {boxes.tolist()[:5]}")
+    if len(boxes) == 0:
+        return []
     people = people_in_picture(picture, boxes, scores, predictor.skeleton)
-    keypoints = predict(predictor, crop_loader(predictor, people, batch_size), **protocol)
+    keypoints = predict(predictor, crop_loader(predictor, people, batch_size), **protocol)[-1]
     person_scores, kept = rescore(keypoints, people, predictor)
     return [{"box": boxes[row].tolist(), "score": float(person_scores[row]),
              "joints": dict(zip(predictor.skeleton.joints, keypoints[row].tolist()))}
@@ -789,6 +828,7 @@ def main():
     add("--boxes", default="gt", metavar="gt|FILE", help="persons to look at: the annotated ones, "
         "or a person-detection JSON (default: %(default)s)")
     data.add_workers_argument(add)
+    add("--stages", action="store_true", help="score the heatmaps of every stage")
     add("--results", type=Path, metavar="FILE", help="score predictions made elsewhere: pred.mat "
         "(key preds, (N,16,2), 1-based) or COCO results.json")
     add("--annotations", metavar="JSON", help="COCO's, for --results")
@@ -825,7 +865,7 @@ def main():
         used += " image box threshold heatmaps attention"
         data.refuse_unused(parser, args, "--image", used)
     else:
-        used += " dataset data split both workers"
+        used += " dataset data split both workers stages"
         data.refuse_unused(parser, args, "a data set, without --image", used)
     predictor = open_predictor(args.weights, args.device, args.input, args.skeleton, args.bgr)
     if args.image:

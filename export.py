@@ -4,6 +4,7 @@
     python export.py --weights runs/mpii/best.pt --out lapx-int8.onnx --int8
     python export.py --time lapx.onnx lapx-int8.onnx peer.onnx --out runs/timing
     python export.py --profile lapx.onnx
+    python export.py --pose pose.py
 
 Without a further flag a file is the same function, written so that ONNX Runtime
 is quick with it; --plain writes layer by layer, BatchNorms folded. A file is
@@ -13,6 +14,7 @@ is in the file, as JSON under the key "lapx" of its metadata."""
 
 import argparse
 import copy
+import inspect
 import json
 import logging
 import math
@@ -243,6 +245,21 @@ def export(args):
         print("score it with evaluate.py before you use it")
 
 
+def write_pose(path):
+    """--pose: writes data.Pose and what it uses to a module of its own."""
+    if path.suffix != ".py":
+        raise InputError(f"--pose {path} must end in .py")
+    parts = (data.affine, data.fitted_width, data.transform, data.crop, data.padded, data.run_onnx,
+             data.Pose)
+    start = ('"""Joints of persons by an ONNX file of LAPX, with numpy, Pillow and onnxruntime."""\n'
+             "import json\nimport math\n\n"
+             "import numpy as np\nfrom PIL import Image, ImageOps\n\n"
+             f"PADDING = {data.PADDING}\nSTRIDE = {STRIDE}\n\n\n")
+    with writing(path) as part:
+        part.write_text(start + "\n\n".join(map(inspect.getsource, parts)), "utf-8")
+    print(f"wrote {path}")
+
+
 # ---------------------------------------------------------------------------- what a network costs
 
 def count(config, height, width):
@@ -371,21 +388,21 @@ def peak():  # megabytes, as Linux tells them
 before = peak()
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = int(sys.argv[3])
-session = onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
+session = onnxruntime.InferenceSession(sys.argv[1], options, [sys.argv[4]])
 for _ in range(3):
     session.run(None, dict(numpy.load(sys.argv[2])))
 print(peak() - before)
 """
 
 
-def measure_memory(path, feed, threads):
+def measure_memory(path, feed, threads, provider):
     """Megabytes that making a session and running it add to a fresh process at its peak, without
     the interpreter and the libraries; NaN where the system does not tell (not Linux)."""
     with tempfile.TemporaryDirectory() as folder:
         values = Path(folder) / "feed.npz"
         np.savez(values, **feed)
-        done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, path, values, str(threads)],
-                              capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", MEMORY_PROBE, path, values, str(threads),
+                               f"{provider}ExecutionProvider"], capture_output=True, text=True)
     return float(done.stdout or "nan")
 
 
@@ -399,9 +416,9 @@ def cpu_name():
     return match[1] if match else platform.processor() or platform.machine()
 
 
-def run_times(paths, feeds, threads, runs):
+def run_times(paths, feeds, threads, runs, provider="CPU"):
     """Milliseconds (runs, files): the files take turns, so that noise hurts all alike."""
-    sessions = [evaluate.open_session(path, threads) for path in paths]
+    sessions = [evaluate.open_session(path, threads, provider) for path in paths]
     seconds = np.zeros((WARM_UP + runs, len(sessions)))
     for run in range(len(seconds)):
         for number, (session, feed) in enumerate(zip(sessions, feeds)):
@@ -418,13 +435,13 @@ def time_files(args):
     images = [next(iter(feed.values())).shape for feed in feeds]
     shapes = ["x".join(map(str, shape)) for shape in images]
     cpu = cpu_name()
-    print(f"{cpu}, ONNX Runtime {onnxruntime.__version__}\n"
+    print(f"{cpu}, ONNX Runtime {onnxruntime.__version__} on {args.provider}\n"
           f"{args.runs} runs in turn after {WARM_UP} to warm up; inputs {', '.join(set(shapes))}\n"
           f"{'file':17} thr {'ms':>7} {'10..90 %':>15} {'FPS':>7} ratio {'MB':>5} {'params':>7} "
           f"{'GMAC':>6}")
     rows = []
     for threads in args.threads:
-        milliseconds = run_times(args.time, feeds, threads, args.runs)
+        milliseconds = run_times(args.time, feeds, threads, args.runs, args.provider)
         low, median, high = np.quantile(milliseconds, (0.1, 0.5, 0.9), axis=0)
         for number, path in enumerate(args.time):
             parameters, multiply_adds = counts[number]
@@ -432,7 +449,7 @@ def time_files(args):
                    "ms": median[number], "ms_10": low[number], "ms_90": high[number],
                    "fps": images[number][0] * 1e3 / median[number],
                    "ratio": median[0] / median[number],
-                   "ram_mb": measure_memory(path, feeds[number], threads),
+                   "ram_mb": measure_memory(path, feeds[number], threads, args.provider),
                    "parameters": parameters, "multiply_adds": multiply_adds}
             rows.append(row)
             print(f"{path.name[-17:]:17} {threads:3} {row['ms']:7.2f} {row['ms_10']:7.2f}"
@@ -440,8 +457,8 @@ def time_files(args):
                   f"{row['ram_mb']:5.0f} {parameters / 1e6:5.2f} M {multiply_adds / 1e9:6.2f}",
                   flush=True)
     if args.out:
-        found = {"cpu": cpu, "onnxruntime": onnxruntime.__version__, "runs": args.runs,
-                 "results": rows}
+        found = {"cpu": cpu, "onnxruntime": onnxruntime.__version__, "provider": args.provider,
+                 "runs": args.runs, "results": rows}
         with writing(args.out / "timing.json") as part:
             part.write_text(json.dumps(found, indent=1))
         data.write_table(args.out / "timing.csv", rows)
@@ -620,7 +637,7 @@ def elus_of_bytes(graph):
 
 def main():
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --weights FILE | --time ONNX .. | --profile ONNX | --costs",
+        usage="%(prog)s --weights FILE | --time ONNX .. | --profile ONNX | --costs | --pose PY",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--weights", metavar="FILE", help="export mpii, coco, coco-384x288, a checkpoint or .tar")
@@ -629,6 +646,8 @@ def main():
     add("--profile", type=Path, metavar="ONNX", help="time per operator")
     add("--costs", action="store_true", help="parameters and cost of every variant beside the "
         "paper's figures (thop: counted as the paper's tool counts)")
+    add("--pose", type=Path, metavar="PY", help="write a module with the class Pose, which runs "
+        "exported files with numpy, Pillow and onnxruntime alone")
     add = parser.add_argument_group("export").add_argument
     add("--skeleton", choices=SKELETONS, help="the joints, if the file does not say")
     add("--bgr", action="store_true", help="the network was trained on BGR pictures")
@@ -647,6 +666,8 @@ def main():
     add("--threads", type=data.number_from(1), nargs="+", default=[1], metavar="T",
         help="one or several numbers of threads (default: 1)")
     add("--runs", type=data.number_from(1), default=50, help="default: %(default)s")
+    add("--provider", default="CPU", metavar="NAME", help="ONNX Runtime's execution provider, such "
+        "as CoreML or CUDA (default: %(default)s)")
     add = parser.add_argument_group("both").add_argument
     add("--input", type=data.image_size, metavar="HxW", help="default: what the checkpoint says; "
         "with --time and --profile for open heights and widths")
@@ -654,11 +675,14 @@ def main():
         "with --time the folder for JSON, CSV and the figure")
     args = parser.parse_args()
     if args.time:
-        data.refuse_unused(parser, args, "--time", "time threads runs input out")
+        data.refuse_unused(parser, args, "--time", "time threads runs provider input out")
         time_files(args)
     elif args.costs:
         data.refuse_unused(parser, args, "--costs", "costs")
         print_costs()
+    elif args.pose:
+        data.refuse_unused(parser, args, "--pose", "pose")
+        write_pose(args.pose)
     elif args.profile:
         data.refuse_unused(parser, args, "--profile", "profile threads runs input")
         for threads in args.threads:

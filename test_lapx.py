@@ -1188,7 +1188,7 @@ def test_synthetic_people_are_drawn_once_and_are_others_in_valid_and_partly_outs
     monkeypatch.setattr(data, "synthetic_person", lambda seed, number: pytest.fail("drawn again"))
     others = data.load_people("synthetic", tmp_path / "new/synthetic", "valid", MPII)
     monkeypatch.undo()
-    assert (len(people), len(others)) == (1200, 200)
+    assert (len(people), len(others)) == (400, 200)
     assert 0.8 < people.annotated.mean() < 0.99
     whole = people.annotated.all(1)
     share = np.ptp(people.joints[whole], axis=1).max(1) / people.box[whole, 2]
@@ -1300,6 +1300,15 @@ def test_pictures_are_put_side_by_side_row_by_row():
     assert sheet.size == (3 * 12 + 2, 2 * 8 + 2)
     for n in range(5):
         assert sheet.getpixel((5 + 12 * (n % 3), 4 + 8 * (n // 3))) == (n, 0, 0)
+
+
+@pytest.mark.parametrize("values, expected", [
+    ([1, 4], [1, 2, 3, 4]), ([1, 1], [1, 2]), ([1, 200], [0, 50, 100, 150, 200]),
+    ([1, 25], [0, 5, 10, 15, 20, 25]), ([0, 3.96, 0.994], [0, 1, 2, 3, 4]),
+    ([0, 96.23], [0, 20, 40, 60, 80, 100]), ([0, 0.204], [0, 0.05, 0.1, 0.15, 0.2, 0.25]),
+    ([-0.3, 0.4], [-0.4, -0.2, 0, 0.2, 0.4]), ([0.5, 0.5], [0.4, 0.6, 0.8, 1, 1.2, 1.4, 1.6])])
+def test_axes_are_marked_with_round_numbers(values, expected):
+    assert np.allclose(data.round_numbers(values), expected)
 
 
 def test_axes_have_room_for_every_value():
@@ -1445,7 +1454,8 @@ def network_of(model, size, name="mpii", **info):
 
 
 def predicted(network, people, *protocol, **loading):
-    return evaluate.predict(network, evaluate.crop_loader(network, people, **loading), *protocol)
+    return evaluate.predict(network, evaluate.crop_loader(network, people, **loading),
+                            *protocol)[-1]
 
 
 def scored(keypoints, people, network):
@@ -2084,10 +2094,89 @@ def test_a_network_whose_facts_do_not_fit_together_gets_a_sentence(change, weigh
         evaluate.open_predictor(tmp_path / "odd.pt")
 
 
+def test_every_stage_is_decoded_in_one_pass():
+    people = dotted_people()
+    stages = [torch.rand(16, 16, 16), torch.rand(16, 16, 16)]  # (K,h,w)
+    calls = []
+
+    def network(images):
+        calls.append(len(images))
+        return [heatmaps.expand(len(images), -1, -1, -1) for heatmaps in stages]
+
+    predictor = network_of(network, (64, 64))
+    loader = evaluate.crop_loader(predictor, people, batch_size=2)
+    found = evaluate.predict(predictor, loader, flip=False)
+    assert found.shape == (2, 2, 16, 3) and calls == [2]
+    for heatmaps, keypoints in zip(stages, found):
+        alone = predicted(network_of(lambda images: [heatmaps.expand(len(images), -1, -1, -1)],
+                                     (64, 64)), people, False)
+        assert np.array_equal(keypoints, alone)
+
+
+def test_every_stage_is_scored_on_request(weights, mpii, tmp_path):
+    torch.manual_seed(1)
+    two = LAPX(TINY)
+    info = evaluate.model_info("mpii", MPII, (64, 64))
+    torch.save({"config": asdict(TINY), "model": two.state_dict(), "info": info},
+               tmp_path / "two.pt")
+    flags = ("--data", mpii, "--workers", 0, "--no-flip", "--out", tmp_path)
+    text = run("evaluate.py", "--weights", tmp_path / "two.pt", "--stages", *flags)
+    rows = re.findall(r"^ +([12])  (.*)$", text, re.M)
+    assert "stage    Head  Shoulder" in text and [number for number, _ in rows] == ["1", "2"]
+    written = data.read_json(tmp_path / "metrics.json")
+    first, last = written.pop("stages")
+    assert written == last != first
+    assert rows[1][1].split()[-2] == f"{last['Mean']:.2f}"
+    run("evaluate.py", "--weights", tmp_path / "two.pt", *flags)
+    assert data.read_json(tmp_path / "metrics.json") == last
+    status, text = run("evaluate.py", "--weights", weights[0], "--stages", *flags, check=False)
+    assert status == 1 and "gives the heatmaps of one stage: leave out --stages" in text
+
+
+def test_the_worst_people_are_shown_beside_the_truth(monkeypatch, mpii):
+    people = data.read_mpii(mpii, "valid")
+    keypoints = np.dstack([people.joints, np.ones((4, 16))])
+    keypoints[2, :3, 0] += 1000  # three joints far off
+    keypoints[1, :9, 0] += 1000
+    sheets = []
+    monkeypatch.setattr(data, "show_samples", lambda *given, **named: sheets.append((given, named)))
+    evaluate.draw_worst(keypoints, people, network_of(None, (64, 64)), count=2)
+    ((samples,), named), = sheets
+    assert samples.people.files.tolist() == [people.files[row] for row in (1, 1, 2, 2)]
+    for shown, true, row in zip(samples.people.joints[::2], samples.people.joints[1::2], (1, 2)):
+        assert np.array_equal(shown, keypoints[row, :, :2])
+        assert np.array_equal(true, people.joints[row])
+    first, truth, second, _ = named["captions"]
+    assert first.startswith(f"{people.files[1]}\nPCKh ") and truth == "the truth"
+    own = [evaluate.pckh(keypoints[[row], :, :2], people.joints[[row]], people.annotated[[row]],
+                         people.head_size[[row]])["Mean"] for row in (1, 2)]
+    assert [float(text.split()[-1]) for text in (first, second)] == [
+        float(f"{value:.3g}") for value in own] and own[0] < own[1] < 100
+
+
+def test_the_worst_of_cocos_people_have_the_lowest_oks(tmp_path, monkeypatch):
+    stick_figures(tmp_path, (1, 4))
+    people = data.read_coco(tmp_path, "val2017", STICK)
+    keypoints = np.dstack([people.joints, np.ones(people.annotated.shape)])
+    keypoints[3, :, 0] += 5
+    captions = []
+    monkeypatch.setattr(data, "show_samples", lambda *given, **named: captions.extend(
+        named["captions"]))
+    predictor = evaluate.Predictor(None, evaluate.model_info("coco", STICK, (64, 64)))
+    evaluate.draw_worst(keypoints, people, predictor, count=2)
+    person = people.truth.persons
+    row = np.flatnonzero(person["area"] == people.area[3])[0]
+    oks, = evaluate.object_keypoint_similarity(
+        keypoints[[3], :, :2], person["keypoints"][row], person["area"][row], None,
+        people.truth.sigmas)
+    assert captions[0] == f"{people.files[3]}\nOKS {oks:.3g}" and oks < 1
+    assert captions[2].endswith("OKS 1")
+
+
 def test_scores_are_told_in_percent_and_no_score_as_minus_one(tmp_path, capsys):
-    evaluate.report({"AP": 0.5, "APM": -1.0}, "what was scored", "", tmp_path / "metrics.json")
+    evaluate.report([{"AP": 0.5, "APM": -1.0}], "what was scored", "", tmp_path / "metrics.json")
     assert capsys.readouterr().out.splitlines()[-2].split() == ["50.00", "-1.00"]
-    evaluate.report({"Head": np.nan, "Mean": 50.0}, "", "of a kind", tmp_path / "metrics.json")
+    evaluate.report([{"Head": np.nan, "Mean": 50.0}], "", "of a kind", tmp_path / "metrics.json")
     assert data.read_json(tmp_path / "metrics.json") == {"Head": None, "Mean": 50}
     assert "half a head size, of a kind;" in capsys.readouterr().out
 
@@ -3124,7 +3213,7 @@ def test_the_end_of_a_run_draws_what_was_found_with_the_flip_test(mpii, tmp_path
         keypoints[..., 2] /= 250  # scores from 0 to 0.4
     seen = []
     sheets = []
-    monkeypatch.setattr(evaluate, "predict", lambda network, crops, flip: found[int(flip)])
+    monkeypatch.setattr(evaluate, "predict", lambda network, crops, flip: found[int(flip)][None])
     monkeypatch.setattr(evaluate, "score", lambda results, people: seen.append(
         (results, people)) or {"Mean": 50.0})
     monkeypatch.setattr(data, "show_samples", lambda samples, *given, **more: sheets.append(
@@ -3135,7 +3224,7 @@ def test_the_end_of_a_run_draws_what_was_found_with_the_flip_test(mpii, tmp_path
     assert [np.array_equal(results, found[flip][..., :2] + 1)
             for flip, (results, _) in enumerate(seen)] == [True] * 2
     assert all(truth is people for _, truth in seen)
-    samples, = sheets
+    _, samples = sheets  # the worst, the first
     assert np.array_equal(samples.people.joints, found[1][..., :2])
     assert np.array_equal(samples.people.annotated, found[1][..., 2] > 0.2)
     assert samples.size == (128, 128) and not samples.augmentation
@@ -4091,22 +4180,88 @@ def test_keypoints_in_the_file_are_those_of_decode_in_pixels_of_the_input(onnx_f
     assert np.allclose(keypoints, decode_to_pixels(torch.from_numpy(heatmaps)))
 
 
-def test_the_readmes_dozen_lines_give_what_evaluate_gives(onnx_files, tmp_path, monkeypatch):
-    readme = README
-    code = next(block for block in re.findall(r"```python\n((?s:.)*?)```", readme)
-                if "InferenceSession" in block)
-    box = [150, 120, 60, 90]
+def test_other_engines_have_the_operators_of_keypoints():
+    class Decoding(nn.Module):
+        def forward(self, heatmaps):
+            return (export.keypoints_of(heatmaps),)
+
+    nodes = export.to_onnx(Decoding(), (16, 12), ["keypoints"]).graph.node
+    # OpenCV 5.0 has none of these for whole numbers
+    assert not {"And", "Mod", "Clip", "Where"} & {node.op_type for node in nodes}
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory):
+    """A folder with pose.py, and photo.jpg with several people in it, stored lying."""
+    folder = tmp_path_factory.mktemp("deployed")
+    assert run("export.py", "--pose", folder / "pose.py") == f"wrote {folder / 'pose.py'}\n"
     sheet = Image.new("RGB", (500, 400))
     for number, corner in enumerate(((0, 0), (200, 0), (0, 200), (200, 200))):
         sheet.paste(figure(3, number)[1], corner)
-    sheet.save(tmp_path / "photo.jpg", quality=95)
-    (tmp_path / "lapx.onnx").symlink_to(onnx_files[0] / "fast.onnx")
-    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    sheet.rotate(90, expand=True).save(folder / "photo.jpg", quality=95, exif=exif)
+    return folder
+
+
+@pytest.mark.parametrize("flip", (False, True))
+@pytest.mark.parametrize("name", ("fast", "int8"))  # the latter: BGR, batches of 2
+def test_pose_finds_what_evaluate_finds_without_torch(name, flip, onnx_files, deployed):
+    boxes = [[150, 120, 60, 90], [10, 20, 100, 160], [220, 210, 90, 140]]
+    path = onnx_files[0] / f"{name}.onnx"
+    done = subprocess.run([sys.executable, "-c", f"""
+import sys
+sys.modules.update(dict.fromkeys(("torch", "scipy", "onnx", "lapx", "data", "evaluate")))
+from PIL import Image
+from pose import Pose
+pose = Pose({str(path)!r}, threads=1)
+found = pose(Image.open("photo.jpg"), {boxes}, flip={flip})
+assert pose(Image.open("photo.jpg"), []).shape == (0, 16, 3)
+print(found.tolist(), pose.joints)"""], cwd=deployed, capture_output=True, text=True)
+    found, joints = re.match(r"(\[\[.*\]\]) (\[.*\])$", done.stdout, re.S).groups()
+    expected = evaluate.predict_picture(evaluate.open_predictor(path), data.open_picture(
+        deployed / "photo.jpg", upright=True), boxes, flip=flip)
+    assert len(expected) == 3 and json.loads(joints.replace("'", '"')) == [*MPII.joints]
+    for person in expected:
+        own = json.loads(found)[boxes.index(person["box"])]
+        assert np.allclose(own, [*person["joints"].values()], rtol=0, atol=1e-4)
+
+
+def test_the_readmes_lines_of_deployment_run(onnx_files, deployed, monkeypatch, capsys):
+    code = next(block for block in re.findall(r"```python\n((?s:.)*?)```", README)
+                if "from pose import Pose" in block)
+    (deployed / "lapx.onnx").symlink_to(onnx_files[0] / "fast.onnx")
+    monkeypatch.chdir(deployed)
+    monkeypatch.syspath_prepend(deployed)
     found = {}
-    exec(code.replace("20, 10, 100, 120", ", ".join(map(str, box))), found)
-    person, = evaluate.predict_picture(evaluate.open_predictor("lapx.onnx"),
-                                       data.open_picture("photo.jpg"), [box], flip=False)
-    assert np.allclose(found["keypoints"], list(person["joints"].values()), atol=1e-3)
+    exec(code, found)
+    assert found["keypoints"].shape == (1, 16, 3) and "left wrist" in capsys.readouterr().out
+
+
+def test_pose_takes_the_whole_picture_without_boxes(onnx_files):
+    pose = data.Pose(onnx_files[0] / "fast.onnx")
+    picture = figure(3, 1)[1]
+    assert np.array_equal(pose(picture), pose(picture, [[0, 0, *picture.size]]))
+
+
+@pytest.mark.parametrize("boxes", ([[0, 0, 0, 9]], [[0, 0, 9, -1]], [[0, 0, 9, np.nan]]))
+def test_pose_refuses_what_is_no_box(boxes, onnx_files):
+    with pytest.raises(ValueError, match="a box is left, top, width, height, unlike one of "):
+        data.Pose(onnx_files[0] / "fast.onnx")(Image.new("RGB", (50, 50)), boxes)
+
+
+def test_pose_refuses_grey_levels_of_more_than_8_bits(onnx_files):
+    with pytest.raises(ValueError, match="the picture's mode is I;16: bring it to 8 bits first"):
+        data.Pose(onnx_files[0] / "fast.onnx")(Image.new("I;16", (50, 50)))
+
+
+def test_numpys_decoding_is_lapxs():
+    heatmaps = torch.randn(4, 16, 5, 7)  # small: many peaks at the border
+    heatmaps[0, :8] -= 9  # nothing above 0
+    heatmaps[1, :8, 2, 2:5] = 9  # peaks of several pixels
+    points, scores = decode(heatmaps)
+    found = data.Pose.decode(None, heatmaps.numpy())
+    assert np.array_equal(found[..., :2], points) and np.array_equal(found[1, :, 2], scores[1])
 
 
 def test_the_readmes_lines_of_python_run(weights, tmp_path, monkeypatch, capsys):
@@ -4117,6 +4272,12 @@ def test_the_readmes_lines_of_python_run(weights, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     exec(code.replace('"mpii"', repr(str(weights[0]))), {})
     assert re.match(r"[\d.]+ \[.*, .*, .*\]", capsys.readouterr().out)
+
+
+def test_an_execution_provider_that_is_missing_gets_a_sentence(onnx_files):
+    status, text = run("export.py", "--time", onnx_files[0] / "fast.onnx", "--provider", "Abacus",
+                       check=False)
+    assert status == 1 and "can't use --provider Abacus here; it has " in text and ", CPU" in text
 
 
 def test_counting_a_file_counts_the_network(onnx_files):
