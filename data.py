@@ -932,7 +932,10 @@ class Pose:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads  # 0: one per core
         self.session = onnxruntime.InferenceSession(path, options, [provider])
-        self.info = json.loads(self.session.get_modelmeta().custom_metadata_map["lapx"])
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        if "lapx" not in metadata:
+            raise ValueError(f"{path} is not a file of LAPX's export.py: it does not say its joints")
+        self.info = json.loads(metadata["lapx"])
         self.joints = self.info["skeleton"]["joints"]
 
     def __call__(self, picture, boxes=None, flip=False):
@@ -975,7 +978,8 @@ class Pose:
         names = [output.name for output in self.session.get_outputs()]
         return run_onnx(self.session, images)[names.index("heatmaps")]
 
-    def decode(self, heatmaps):
+    @staticmethod
+    def decode(heatmaps):
         """Heatmaps (n,K,h,w) -> (n,K,3), x and y in heatmap pixels, score: lapx.decode in numpy."""
         h, w = heatmaps.shape[2:]
         y, x = np.divmod(heatmaps.reshape(*heatmaps.shape[:2], h * w).argmax(2), w)  # (n,K)

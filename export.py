@@ -249,12 +249,21 @@ def write_pose(path):
     """--pose: writes data.Pose and what it uses to a module of its own."""
     if path.suffix != ".py":
         raise InputError(f"--pose {path} must end in .py")
-    parts = (data.affine, data.fitted_width, data.transform, data.crop, data.padded, data.run_onnx,
-             data.Pose)
-    start = ('"""Joints of persons by an ONNX file of LAPX, with numpy, Pillow and onnxruntime."""\n'
-             "import json\nimport math\n\n"
-             "import numpy as np\nfrom PIL import Image, ImageOps\n\n"
-             f"PADDING = {data.PADDING}\nSTRIDE = {STRIDE}\n\n\n")
+    parts = [data.affine, data.fitted_width, data.transform, data.crop, data.padded, data.run_onnx,
+             data.Pose]
+    start = f'''"""Joints of persons by ONNX files of LAPX's export.py."""
+
+import json
+import math
+
+import numpy as np
+from PIL import Image, ImageOps
+
+PADDING = {data.PADDING}  # persons' boxes are enlarged by this
+STRIDE = {STRIDE}  # heatmap pixel (x, y) lies on pixel (4x, 4y) of the crop
+
+
+'''
     with writing(path) as part:
         part.write_text(start + "\n\n".join(map(inspect.getsource, parts)), "utf-8")
     print(f"wrote {path}")

@@ -570,7 +570,7 @@ def test_the_tags_in_the_code_and_the_table_in_the_readme_are_the_same():
     for tag in ("PAPER SILENT", "DIFFERS"):
         tags = sorted(re.findall(rf"# {tag}: (.+?)\. ", code))
         rows = re.findall(rf"^\| {tag} \| ([^|]+) \|", README, re.M)
-        assert tags and tags == sorted(row.strip() for row in rows)
+        assert tags and tags == sorted("; ".join(row.strip() for row in rows).split("; "))
 
 
 def first_parts():
@@ -4255,12 +4255,20 @@ def test_pose_refuses_grey_levels_of_more_than_8_bits(onnx_files):
         data.Pose(onnx_files[0] / "fast.onnx")(Image.new("I;16", (50, 50)))
 
 
+def test_pose_refuses_a_file_without_joints(onnx_files, tmp_path):
+    model = export.onnx.load(onnx_files[0] / "fast.onnx")
+    del model.metadata_props[:]
+    export.onnx.save(model, tmp_path / "peer.onnx")
+    with pytest.raises(ValueError, match="peer.onnx is not a file of LAPX's export.py"):
+        data.Pose(tmp_path / "peer.onnx")
+
+
 def test_numpys_decoding_is_lapxs():
     heatmaps = torch.randn(4, 16, 5, 7)  # small: many peaks at the border
     heatmaps[0, :8] -= 9  # nothing above 0
     heatmaps[1, :8, 2, 2:5] = 9  # peaks of several pixels
     points, scores = decode(heatmaps)
-    found = data.Pose.decode(None, heatmaps.numpy())
+    found = data.Pose.decode(heatmaps.numpy())
     assert np.array_equal(found[..., :2], points) and np.array_equal(found[1, :, 2], scores[1])
 
 
