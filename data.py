@@ -934,7 +934,7 @@ class Pose:
         self.session = onnxruntime.InferenceSession(path, options, [provider])
         metadata = self.session.get_modelmeta().custom_metadata_map
         if "lapx" not in metadata:
-            raise ValueError(f"{path} is not a file of LAPX's export.py: it does not say its joints")
+            raise ValueError(f"{path} is not a file of LAPX's export.py: it names no joints")
         self.info = json.loads(metadata["lapx"])
         self.joints = self.info["skeleton"]["joints"]
 
