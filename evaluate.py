@@ -2,6 +2,7 @@
 one's own pictures.
 
   python evaluate.py --weights FILE --dataset mpii
+  python evaluate.py --weights FILE --dataset mpii --stages   # of every stage
   python evaluate.py --weights FILE --dataset coco --boxes DETECTIONS.json
   python evaluate.py --results pred.mat --dataset mpii        # made elsewhere
   python evaluate.py --results results.json --annotations GROUND_TRUTH.json

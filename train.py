@@ -8,7 +8,7 @@
   torchrun --nproc_per_node=4 train.py --dataset mpii    # 4 GPUs, same batch
 
 A run's folder gets recipe.json, log.csv, last.pt (to resume), best.pt (the best
-epoch's network), at the end curve.png and predictions.png."""
+epoch's network), at the end curve.png, predictions.png and worst.png."""
 
 import argparse
 import copy
