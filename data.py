@@ -988,8 +988,9 @@ class Pose:
         right = np.sign(heatmaps[n, k, y, (x + 1) % w] - heatmaps[n, k, y, x - 1])
         down = np.sign(heatmaps[n, k, (y + 1) % h, x] - heatmaps[n, k, y - 1, x])
         inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
-        found = np.stack([x + 0.25 * inside * right, y + 0.25 * inside * down, scores], axis=2)
-        return found * (scores > 0)[..., None]
+        points = np.stack([x + 0.25 * inside * right, y + 0.25 * inside * down], axis=2)
+        points *= (scores > 0)[..., None]
+        return np.concatenate([points, scores[..., None]], axis=2)
 
 
 # ---------------------------------------------------------------------------- files

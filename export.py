@@ -646,7 +646,8 @@ def elus_of_bytes(graph):
 
 def main():
     parser = argparse.ArgumentParser(
-        usage="%(prog)s --weights FILE | --time ONNX .. | --profile ONNX | --costs | --pose PY",
+        usage="%(prog)s --weights FILE | --time ONNX .. | --profile ONNX | --costs |\n"
+        "                 --pose PY",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--weights", metavar="FILE", help="export mpii, coco, coco-384x288, a checkpoint or .tar")
