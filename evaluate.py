@@ -532,9 +532,9 @@ def report(stages, what, heads, path=None):
                  "without pelvis and thorax")
     print(what)
     several = len(stages) > 1
-    print("stage  " * several + "  ".join(f"{name:>6}" for name in stages[-1]))
+    print("stage " * several + "  ".join(f"{name:>6}" for name in stages[-1]))
     for number, metrics in enumerate(stages, start=1):
-        print(f"{number:5}  " * several + "  ".join(
+        print(f"{number:5} " * several + "  ".join(
             f"{percent * value if value >= 0 else value:{max(6, len(name))}.2f}"
             for name, value in metrics.items()), flush=True)
     if path:

@@ -2121,8 +2121,8 @@ def test_every_stage_is_scored_on_request(weights, mpii, tmp_path):
                tmp_path / "two.pt")
     flags = ("--data", mpii, "--workers", 0, "--no-flip", "--out", tmp_path)
     text = run("evaluate.py", "--weights", tmp_path / "two.pt", "--stages", *flags)
-    rows = re.findall(r"^ +([12])  (.*)$", text, re.M)
-    assert "stage    Head  Shoulder" in text and [number for number, _ in rows] == ["1", "2"]
+    rows = re.findall(r"^ +([12]) +(.*)$", text, re.M)
+    assert "stage   Head  Shoulder" in text and [number for number, _ in rows] == ["1", "2"]
     written = data.read_json(tmp_path / "metrics.json")
     first, last = written.pop("stages")
     assert written == last != first
