@@ -370,7 +370,7 @@ def decode(heatmaps, quarter_offset=True):
     flat = heatmaps.flatten(2)  # (B,K,h*w)
     peak = flat.argmax(dim=2, keepdim=True)  # (B,K,1)
     scores = flat.gather(2, peak)  # (B,K,1)
-    y = (peak / w).floor()  # peak // w, by operators that every ONNX engine has
+    y = (peak / w).floor()  # peak // w, by operators that other ONNX engines have
     x = peak - w * y
 
     padded = F.pad(flat, (w, w))  # so that every peak has neighbours
