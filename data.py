@@ -888,7 +888,7 @@ def draw_axes(draw, box, xs, ys, xlabel, ylabel):
 
 
 def show_samples(dataset, targets=True, count=12, captions=()):
-    """A sheet of samples: each crop with its joints and caption, beside it its targets, if wanted."""
+    """A sheet of samples: each crop with its joints and caption, and its targets, if wanted."""
     sheet = []
     for number in range(count):
         epoch, row = divmod(number, len(dataset))  # of few people more epochs
